@@ -1,0 +1,65 @@
+# smoltrain's tasks; `make` alone lists them. PYTHON, VENV and TORCH can be set: make setup TORCH=torch==2.13.0
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+TORCH ?=
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train dpo demo sweep launch dashboard real tiny test torture lint bench clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(VENV)/.done ## make .venv and install everything; quick the second time
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet -e ".[dev]" $(TORCH) -c constraints.txt
+	@touch $@
+
+train: setup ## SFT on the embedded model and data (ARGS="seed=1 …" adds overrides)
+	$(BIN)/smoltrain $(ARGS)
+
+dpo: setup ## DPO on the embedded model and data
+	$(BIN)/smoltrain trainer=dpo $(ARGS)
+
+demo: setup ## SFT, then DPO from that SFT run
+	$(BIN)/smoltrain name=demo $(ARGS)
+	$(BIN)/smoltrain name=demo trainer=dpo model.from_run=demo $(ARGS)
+
+sweep: setup ## four runs: both trainers, two seeds
+	$(BIN)/smoltrain -m trainer=sft,dpo seed=1,2 $(ARGS)
+
+launch: setup ## choose interactively
+	@$(BIN)/smoltrain launch
+
+dashboard: setup ## the curves of all runs, in a browser
+	@$(BIN)/smoltrain dashboard
+
+DATA ?= ../shared/data
+REAL := trainer.args.max_steps=100 name=real evaluation.max_rows=0
+real: setup ## 100 steps each on real rows: GSM8K, Alpaca, a preference set (DATA=folder)
+	$(BIN)/smoltrain data=local data.path=$(DATA)/gsm8k_train.jsonl $(REAL) $(ARGS)
+	$(BIN)/smoltrain data=local data.path=$(DATA)/alpaca_en_demo.json $(REAL) $(ARGS)
+	$(BIN)/smoltrain trainer=dpo data=local data.path=$(DATA)/dpo_en_demo.json data.test_rows=50 $(REAL) $(ARGS)
+
+tiny: setup ## make the embedded model again, from nothing (20 minutes on 2 cores)
+	$(BIN)/python -m smoltrain.tiny.pretrain
+
+test: setup ## the test suite
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+
+torture: setup ## the long forms of the tests
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m torture
+
+lint: setup ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: setup ## measure; medians and spread
+	$(BIN)/python benchmarks/startup.py
+
+clean: ## remove what was built, keep the runs
+	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache

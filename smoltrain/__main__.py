@@ -1,0 +1,152 @@
+"""The command `smoltrain`: finds the verb, runs it, and turns how it ended into an exit code.
+
+Imports nothing heavy: help, `--cfg job`, completion and config errors answer in half a second.
+"""
+
+import math
+import os
+import signal
+import sys
+from pathlib import Path
+
+from smoltrain.config import COMPOSING, CONF, ConfigError, defaults, explain, options, register, stamp
+from smoltrain.runs import Diverged, discard
+
+USAGE = """\
+smoltrain: post-train small language models. What you ask for is what runs.
+
+  smoltrain [group=option …] [key=value …]     train, once
+  smoltrain -m key=value,value …               train once for each combination
+  smoltrain launch                             choose interactively; prints the command it stands for
+  smoltrain dashboard                          look at the curves of all runs
+  smoltrain --cfg job [overrides]              print the config that would run, and run nothing
+"""
+
+EXAMPLES = """\
+Examples
+  smoltrain                                            SFT on the embedded model and data
+  smoltrain trainer=dpo model.from_run=latest          DPO from the last run
+  smoltrain trainer.args.learning_rate=5e-4 seed=1     any field of the trainer's config class
+  smoltrain -m trainer=sft,dpo seed=1,2                four runs
+  smoltrain --config-dir my_conf experiment=mine       with YAML files of your own
+
+Completion for bash: eval "$(smoltrain -sc install=bash)"      All of Hydra's flags: smoltrain --hydra-help
+"""
+
+# No telemetry; libraries' own bars only where someone looks, for what takes over a second, and gone when done.
+MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DELAY": "1", "TQDM_LEAVE": ""}
+if not sys.stderr.isatty():
+    MANNERS["TQDM_DISABLE"] = "1"
+# Hydra's flags that are followed by a value.
+VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command line and returns its exit code.
+
+    0 completed, 1 failed, 2 refused before training, 3 diverged, 143 preempted.
+    """
+    arguments = sys.argv[1:] if argv is None else argv
+    register()
+    stamp.cache_clear()
+    for name, value in MANNERS.items():
+        os.environ.setdefault(name, value)
+    verb, rest = (arguments[0], arguments[1:]) if arguments else ("train", [])
+    try:
+        if verb == "launch":
+            from smoltrain.launch import launch
+
+            return launch(rest)
+        if verb == "dashboard":
+            from smoltrain.tracking import dashboard
+
+            dashboard()
+            return 0
+        if {"-h", "--help"} & set(arguments):
+            return print_help(arguments)
+        return train(rest if verb == "train" else arguments)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 143
+    except BrokenPipeError:
+        return 1
+
+
+def train(arguments: list[str]) -> int:
+    """Hydra composes, then `smoltrain.train.main` runs: once, or with -m once for each combination."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    # SIGTERM ends a run as Ctrl+C does: the record says preempted, the exit code is 143.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    exits = []
+
+    def task(cfg):
+        from smoltrain.train import main
+
+        exits.append(1)  # any other exception ends the process, after the rest of the sweep
+        try:
+            objective = main(cfg)
+        except (ConfigError, Diverged) as error:
+            print(error, file=sys.stderr)
+            exits[-1] = 3
+            if isinstance(error, ConfigError):
+                exits[-1] = 2
+                discard(Path(HydraConfig.get().runtime.output_dir))
+            return math.inf
+        exits[-1] = 0
+        return objective
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
+    flags, overrides = split(arguments)
+    try:
+        if {"-m", "--multirun"} & set(flags):
+            overrides += label_by_what_varies(overrides)
+        sys.argv = ["smoltrain", *flags, *overrides]
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except COMPOSING as error:
+        if exits:
+            raise
+        raise ConfigError(explain(error)) from error
+    except OSError as error:
+        if exits:
+            raise
+        raise ConfigError(f"cannot write the run's directory: {error}") from error
+    return max(exits, default=0)
+
+
+def split(arguments: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's flags, each with its value, and the overrides; argparse wants the flags in one place."""
+    flags: list[str] = []
+    overrides: list[str] = []
+    valued = False
+    for argument in arguments:
+        (flags if valued or argument.startswith("-") else overrides).append(argument)
+        valued = argument in VALUED
+    return flags, overrides
+
+
+def label_by_what_varies(overrides: list[str]) -> list[str]:
+    """The override that keeps what all runs of a sweep share out of the names of their directories."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    shared = [f"'{o.key_or_group}'" for o in parsed if not o.is_sweep_override() and o.key_or_group]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"] if shared else []
+
+
+def print_help(arguments: list[str]) -> int:
+    """One screen: the verbs, each group with its options and what they are, examples."""
+    print(USAGE)
+    for group in defaults():
+        print(group)
+        for option, text in options(group, arguments).items():
+            print(f"  {option:24}{text}")
+    print("\n" + EXAMPLES, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

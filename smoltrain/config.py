@@ -1,0 +1,297 @@
+"""The config before anything runs: its schema, its choices, and what is wrong with it, in the user's words.
+
+Nothing here imports torch, transformers or trl, so that an error in a config costs half a second.
+"""
+
+import ast
+import difflib
+import importlib.util
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, cast
+
+from hydra.core.config_store import ConfigStore
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.errors import ConfigCompositionException, HydraException, InstantiationException, MissingConfigException
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException
+from yaml import YAMLError
+
+PACKAGE = Path(__file__).parent
+CONF = next(d for d in (PACKAGE / "conf", PACKAGE.parent / "conf") if d.is_dir())  # wheel, else checkout
+BASE = "base"  # in every group, what its options share: a part of them, not one of them
+
+
+class ConfigError(ValueError):
+    """A config or its data cannot be run as asked; found before training, so the command exits with 2.
+
+    `missing` are the keys that still need a value, where that is what is wrong.
+    """
+
+    def __init__(self, message: str, missing: Iterable[str] = ()):
+        super().__init__(message)
+        self.missing = tuple(missing)
+
+
+def open_node() -> DictConfig:
+    return OmegaConf.create({}, flags={"struct": False})
+
+
+@dataclass
+class Evaluation:
+    max_rows: int = MISSING
+    max_new_tokens: int = MISSING
+
+
+@dataclass
+class Config:
+    """The keys of a run. Groups keep their own keys in their own YAML; `trainer.args` takes any field of its class."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    threads: int | None = MISSING
+    objective: str = MISSING
+    expects: list[list[str]] = MISSING
+    data: Any = MISSING
+    trainer: Any = field(default_factory=lambda: {"args": open_node()})
+    model: Any = MISSING
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    callbacks: Any = field(default_factory=open_node)
+
+
+@cache
+def stamp() -> str:
+    """Names a run directory: when this process started its run, and four letters against a twin of that second."""
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{os.urandom(2).hex()}"
+
+
+def label(overrides: str) -> str:
+    """`trainer.args.beta=0.1,data.path=a/b` as a directory's name: `beta=0.1,path=a_b`, at most 120 letters."""
+    short = ",".join(re.sub(r"^[^=]*\.(?=[^.=]+=)", "", part) for part in overrides.split(",") if part)
+    return re.sub(r"[^\w=,.+-]", "_", short)[:120].rstrip(",")
+
+
+@cache
+def accelerator() -> str:
+    """`cuda`, `mps` or `cpu`, read off the machine without importing torch."""
+    if Path("/dev/nvidiactl").exists() or Path("/dev/dxg").exists():
+        return "cuda"
+    machine = os.uname()
+    return "mps" if (machine.sysname, machine.machine) == ("Darwin", "arm64") else "cpu"
+
+
+def register() -> None:
+    """Makes the schema and the resolvers `${stamp:}`, `${label:…}` and `${accelerator_is:…}` known to Hydra."""
+    ConfigStore.instance().store("schema", Config)
+    OmegaConf.register_new_resolver("stamp", stamp, replace=True)
+    OmegaConf.register_new_resolver("label", label, replace=True)
+    OmegaConf.register_new_resolver("accelerator_is", lambda kind: accelerator() == kind, replace=True)
+
+
+# ---------------------------------------------------------------- choices
+
+
+def folders(arguments: list[str]) -> list[Path]:
+    """Where a command line looks for YAML: its `--config-dir`, its `hydra.searchpath`, then the packaged files."""
+    given = []
+    for argument, following in pairwise([*arguments, ""]):
+        flag, _, value = argument.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            given.append(value or following)
+        elif flag == "hydra.searchpath":
+            given += [entry.strip().removeprefix("file://") for entry in value.strip("[]").split(",")]
+    return [*map(Path, given), CONF]
+
+
+def options(group: str, arguments: list[str]) -> dict[str, str]:
+    """The options of a config group and their descriptions, the default one first, users' own files included."""
+    found: dict[str, str] = {}
+    for folder in reversed(folders(arguments)):
+        for file in sorted((folder / group).glob("*.yaml")):
+            if file.stem != BASE:
+                found.setdefault(file.stem, description(file))
+    return dict(sorted(found.items(), key=lambda item: item[0] != defaults().get(group)))
+
+
+def description(file: Path) -> str:
+    """The first comment of a YAML file that is not an instruction to Hydra."""
+    comments = (line[1:].strip() for line in file.read_text().splitlines() if line.startswith("#"))
+    return next((text for text in comments if text and not text.startswith("@")), "")
+
+
+@cache
+def defaults() -> dict[str, str | None]:
+    """Each group that people choose from, and the option that a run takes when nothing is said."""
+    chosen = [entry for entry in plain(OmegaConf.load(CONF / "config.yaml"))["defaults"] if isinstance(entry, dict)]
+    return {group: option for entry in chosen for group, option in entry.items() if not group.startswith("optional ")}
+
+
+def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
+    """The config that a command line stands for, checked, for those who only want to look at it.
+
+    Raises ConfigError for whatever Hydra or `validate` finds wrong.
+    """
+    import hydra
+
+    extra = [quoted(f"file://{folder.absolute()}") for folder in folders(arguments)[:-1]]
+    searchpath = [f"hydra.searchpath=[{','.join(extra)}]"] if extra else []
+    try:
+        with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+            cfg = hydra.compose("config", overrides=[*overrides, *searchpath])
+    except COMPOSING as error:
+        raise ConfigError(explain(error)) from error
+    validate(cfg)
+    return cfg
+
+
+def quoted(text: str) -> str:
+    """A text as Hydra's grammar takes it, whatever stands in it."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
+def plain(cfg: Any, resolve: bool = False) -> dict[str, Any]:
+    """A config as ordinary dicts and lists."""
+    return cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=resolve))
+
+
+# ---------------------------------------------------------------- what is wrong with it
+
+
+def validate(cfg: DictConfig) -> None:
+    """Raises one ConfigError for all values left open, `${…}` that lead nowhere and unknown fields of `trainer.args`."""
+    missing = unset(plain(cfg))
+    problems = [f"{key} has no value: set {key}=…" for key in missing] + dangling(cfg)
+    if OmegaConf.is_missing(cfg, "trainer") or "_target_" not in cfg.trainer:
+        problems.append("trainer has no _target_: choose one with trainer=…")
+    elif not missing:
+        target = cfg.trainer.args._target_
+        known = fields(target)
+        for key in cfg.trainer.args:
+            if not str(key).startswith("_") and known and key not in known:
+                problems.append(f"trainer.args.{key} is not a field of {target}{suggest(str(key), known)}")
+        if plain(cfg.trainer.args).get("hub_token") is not None:
+            problems.append("trainer.args.hub_token: a token is taken only from the environment, set HF_TOKEN")
+    if problems:
+        raise ConfigError("\n".join(problems), missing)
+
+
+def dangling(cfg: DictConfig) -> list[str]:
+    """What is wrong with each `${…}` that cannot be resolved; `${hydra:…}` stands for what only a run knows."""
+    problems = []
+    for key, value in leaves(plain(cfg)):
+        if isinstance(value, str) and "${" in value and "${hydra:" not in value:
+            try:
+                OmegaConf.select(cfg, key)
+            except OmegaConfBaseException as error:
+                problems.append(f"{key}={value}: {str(error).splitlines()[0]}")
+    return problems
+
+
+def unset(node: dict[str, Any]) -> list[str]:
+    """The keys, dotted, whose value is still `???`."""
+    return [key for key, value in leaves(node) if isinstance(value, str) and value == MISSING]
+
+
+def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a config with its value, lists as values."""
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@cache
+def fields(target: str) -> frozenset[str]:
+    """The fields of a TRL config class, read from its source without importing it; empty where it is not found.
+
+    A class outside trl and transformers (a user's own) is left to its constructor, which refuses what it lacks.
+    """
+    names: set[str] = set()
+    package, name = target.split(".")[0], target.split(".")[-1]
+    if package not in ("trl", "transformers"):
+        return frozenset()
+    for source in sources():
+        text = source.read_text()
+        if re.search(rf"^class {name}\b", text, re.MULTILINE):
+            node = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name)
+            names |= {f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
+            for base in node.bases:
+                if isinstance(base, ast.Name):
+                    names |= fields(f"trl.{base.id}")
+            return frozenset(names)
+    return frozenset()
+
+
+@cache
+def sources() -> tuple[Path, ...]:
+    """The files in which trl and transformers define the arguments of their trainers."""
+    return (*sorted(package_folder("trl").rglob("*_config.py")), package_folder("transformers") / "training_args.py")
+
+
+def package_folder(package: str) -> Path:
+    """Where an installed package is, without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        raise ConfigError(f"{package} is not installed")
+    return Path(spec.origin).parent
+
+
+def suggest(word: str, choices: Iterable[str], prefix: str = "") -> str:
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+
+
+def explain(error: Exception) -> str:
+    """What was found wrong while composing (one of COMPOSING), as one message for the person who typed it."""
+    if isinstance(error, YAMLError):
+        return f"unreadable YAML: {error}"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        choices = sorted(o for o in error.options if o != BASE)
+        return (
+            f"{group}={option}: there is no such option{suggest(option, choices)}. Choose one of: {', '.join(choices)}"
+        )
+    cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
+    first = str(error).splitlines()[0]
+    detail = str(cause).splitlines()[0] if str(cause) else ""
+    if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
+        parents, _, last = str(cause.full_key).rpartition(".")
+        keys = [str(key) for key in cause.parent_node]
+        keys += [] if parents else [group for group in defaults() if group not in keys]
+        close = suggest(last, keys, prefix=f"{parents}." if parents else "")
+        return f"{cause.full_key} is not a key of this config{close or '. Keys there: ' + ', '.join(keys)}"
+    if isinstance(error, InterpolationResolutionError):
+        return str(error)
+    return first if detail in ("", first) else f"{first}: {detail}"
+
+
+REFUSALS = (ValueError, TypeError, OSError, ImportError)
+
+
+@contextmanager
+def refusing(key: str) -> Iterator[None]:
+    """Turns what a component refuses while it is built from `key` into a ConfigError that names the key."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except InstantiationException as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        if cause is not None and not isinstance(cause, REFUSALS):
+            raise
+        raise ConfigError(f"{key}: {cause or str(error).splitlines()[0]}") from error
+    except REFUSALS as error:
+        raise ConfigError(f"{key}: {error}") from error

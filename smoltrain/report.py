@@ -1,0 +1,151 @@
+"""What a person reads of a run: the banner before, the table after, and `report.md` with a plot for good."""
+
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from smoltrain import runs
+
+SAMPLES = 3
+CURVES = {"loss": "training loss", "eval_loss": "held-out loss"}
+
+
+def facts(trainer: Any, data: Any) -> dict[str, Any]:
+    """What the record says of the live parts: rows, tokens, parameters, fingerprints, device."""
+    import hashlib
+
+    from smoltrain.data import fingerprint
+
+    def digest(text: str) -> str:
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    tokenizer = trainer.processing_class
+    weights = list(trainer.model.parameters())
+    return {
+        "device": str(trainer.args.device),
+        "rows": {"train": len(data["train"]), "test": len(data["test"]), "trained": len(trainer.train_dataset)},
+        "parameters": sum(p.numel() for p in weights),
+        "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
+        "fingerprints": {
+            "train": fingerprint(data["train"]),
+            "test": fingerprint(data["test"]),
+            "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
+            "chat_template": digest(tokenizer.chat_template),
+        },
+    }
+
+
+def samples(rows: Any, before: list[str], after: list[str]) -> list[dict[str, str]]:
+    """The first few held-out questions with the replies of the starting and of the trained model."""
+    from smoltrain.data import question
+
+    return [
+        {"question": question(row)[-1]["content"], "answer": row["answer"], "before": first, "after": last}
+        for row, first, last in zip(rows.select(range(min(SAMPLES, len(after)))), before, after, strict=False)
+    ]
+
+
+def banner(run: runs.Run, console: Console | None = None) -> None:
+    """Three lines: what is about to run, on what, and where its record is."""
+    record, config = run.record, run.record["config"]
+    args = config["trainer"]["args"]
+    console = console or Console(highlight=False)
+    parent = f", from {record['parent']['directory']}" if record["parent"] else ""
+    console.print(f"[bold]{record['trainer']}[/] on {config['data']['_target_']}, seed {record['seed']}")
+    console.print(f"model {record['model']}{parent}, learning rate {args['learning_rate']:g}")
+    console.print(f"run {run.directory}", soft_wrap=True)
+
+
+def summary(run: runs.Run, console: Console | None = None) -> None:
+    """The table before and after, a few replies, and where to look next."""
+    console = console or Console(highlight=False)
+    table = Table(title=f"{run.record['status']} in {run.record['seconds']:.0f} s, {run.record['steps']} steps")
+    table.add_column("held-out")
+    table.add_column("before", justify="right")
+    table.add_column("after", justify="right")
+    for name, before, after in before_and_after(run.record["metrics"]):
+        table.add_row(name, number(name, before), number(name, after))
+    console.print(table)
+    for sample in run.record["samples"][:1]:
+        console.print(f"question  {sample['question']}", markup=False)
+        console.print(f"before    {sample['before'] or '(nothing)'}", markup=False)
+        console.print(f"after     {sample['after']}", markup=False)
+    console.print(f"\nreport {run.directory / 'report.md'}", soft_wrap=True)
+
+
+def before_and_after(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:
+    """Each metric with its values before and after, those that people read first on top."""
+    names = {name.removeprefix("before/") for name in metrics}
+    first = ("exact_match", "eval_loss", "eval_rewards/accuracies")
+    ordered = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
+    return [(name, metrics.get(f"before/{name}"), metrics.get(name)) for name in ordered]
+
+
+def number(name: str, value: float | None) -> str:
+    if value is None:
+        return "-"
+    return f"{value:.1%}" if name == "exact_match" or name.endswith("accuracies") else f"{value:.4f}"
+
+
+def write(directory: Path) -> None:
+    """Writes report.md, and curves.png where matplotlib is installed, from the run's record alone."""
+    record, metrics = runs.read(directory), runs.read_metrics(directory)
+    args = record["config"]["trainer"]["args"]
+    lines = [
+        f"# {record['name']}: {record['status']}",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| trainer type | {record['trainer']} |",
+        f"| model | {record['model']} |",
+        f"| data | {record['config']['data']['_target_']} |",
+        f"| learning rate | {args['learning_rate']:g} |",
+        f"| steps | {record['steps']} |",
+        f"| duration | {record['seconds']} s |",
+        f"| seed | {record['seed']} |",
+        f"| config hash | {record['config_hash']} |",
+        f"| command | `smoltrain {' '.join(record['overrides'])}` |",
+        f"| started | {record['start']} |",
+    ]
+    if record["parent"]:
+        lines.append(f"| from run | {record['parent']['directory']} ({record['parent']['trainer']}) |")
+    if record["error"]:
+        lines += ["", "## Error", "", "```", record["error"], "```"]
+    lines += ["", "## Held-out metrics", "", "| | before | after |", "|---|---:|---:|"]
+    lines += [f"| {n} | {number(n, b)} | {number(n, a)} |" for n, b, a in before_and_after(record["metrics"])]
+    for sample in record.get("samples", []):
+        lines += ["", f"> {sample['question']}", "", f"- before: {sample['before']}", f"- after: {sample['after']}"]
+    losses = [row for row in metrics if "loss" in row]
+    if losses:
+        lines += ["", "## Training", "", f"Loss {losses[0]['loss']:.4f} at step {losses[0]['step']}, "]
+        lines[-1] += f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']}."
+        if plot(directory / "curves.png", metrics):
+            lines += ["", "![curves](curves.png)"]
+    lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in record["versions"].items())]
+    lines += ["", "## Parameters", "", "```yaml", OmegaConf.to_yaml(record["config"]).rstrip(), "```", ""]
+    (directory / "report.md").write_text("\n".join(lines))
+
+
+def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:
+    """Draws training and held-out loss by step; False, and no file, where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for name, title in CURVES.items():
+        points = [(row["step"], row[name]) for row in metrics if name in row]
+        if points:
+            axes.plot(*zip(*points, strict=True), marker="." if name == "loss" else "o", label=title)
+    axes.set(xlabel="step", ylabel="loss")
+    axes.legend(frameon=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(file, dpi=120)
+    return True

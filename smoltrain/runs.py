@@ -1,0 +1,182 @@
+"""The record of a run: `run.json` and `metrics.jsonl` in the run's own directory. Everything else only reads it."""
+
+import copy
+import functools
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+
+from smoltrain.config import ConfigError, plain
+
+ROOT = Path("multirun")
+VERSIONS = ("smoltrain", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "hydra-core", "omegaconf")
+# What may differ between two runs of the same experiment: where it is kept and who watches.
+NOT_IDENTITY = ("name", "trainer.args.output_dir", "trainer.args.report_to", "callbacks.tracking", "callbacks.progress")
+
+
+class Diverged(RuntimeError):
+    """The loss or a metric is no longer a finite number; the command exits with 3."""
+
+
+class Run:
+    """One run while it runs: a context that ends in exactly one status, whatever happens inside it.
+
+    `completed` if the block ends, `diverged` on Diverged, `preempted` on an interrupt, `failed` on any other
+    exception; the exception passes on, after `on_end` has read the closed record. A ConfigError means that
+    nothing has run: there is nothing to close.
+    """
+
+    def __init__(
+        self, directory: str | Path, cfg: DictConfig, overrides: list[str], on_end: Callable[[Path], None]
+    ) -> None:
+        self.directory = Path(directory)
+        self.on_end = on_end
+        self.watchers: list[Any] = []
+        self.began = time.monotonic()
+        config = plain(cfg, resolve=True)
+        self.record: dict[str, Any] = {
+            "status": "running",
+            "name": cfg.name,
+            "trainer": cfg.trainer._target_,
+            "model": cfg.model.name_or_path,
+            "config_hash": config_hash(config),
+            "overrides": overrides,
+            "seed": cfg.seed,
+            "parent": None,
+            "start": now(),
+            "end": None,
+            "seconds": None,
+            "pid": os.getpid(),
+            "git": git_state(),
+            "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in VERSIONS},
+            "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
+            "steps": 0,
+            "metrics": {},
+            "objective": None,
+            "error": None,
+            "config": config,
+        }
+
+    def __enter__(self) -> "Run":
+        self.note()
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ConfigError):
+            return
+        self.note(
+            status=status_of(error),
+            end=now(),
+            seconds=round(time.monotonic() - self.began, 1),
+            error=None if error is None else "".join(traceback.format_exception_only(error)).strip(),
+        )
+        for watcher in self.watchers:
+            watcher.on_run_end(self)
+        self.on_end(self.directory)
+
+    def note(self, **facts: Any) -> None:
+        """Adds facts to the record and writes it, whole or not at all."""
+        self.record |= facts
+        write_atomically(self.directory / "run.json", json.dumps(self.record, indent=1) + "\n")
+
+    def log(self, step: int, values: dict[str, Any]) -> None:
+        """Adds a line to metrics.jsonl."""
+        with (self.directory / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def watch(self, watchers: list[Any]) -> None:
+        """Tells each watcher that the run begins, and later that it ended."""
+        self.watchers = watchers
+        for watcher in watchers:
+            watcher.on_run_begin(self)
+
+
+def discard(directory: Path) -> None:
+    """Removes the directory of a run that never ran, and parents that are empty without it."""
+    shutil.rmtree(directory)
+    for parent in (directory.parent, directory.parent.parent):
+        if parent.is_dir() and not any(parent.iterdir()):
+            parent.rmdir()
+
+
+def status_of(error: BaseException | None) -> str:
+    if error is None:
+        return "completed"
+    if isinstance(error, Diverged):
+        return "diverged"
+    return "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.rename(path)
+
+
+def now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def config_hash(config: dict) -> str:
+    """Names the experiment: the same for the same resolved config, wherever it is kept and whoever watches."""
+    kept = copy.deepcopy(config)
+    for key in NOT_IDENTITY:
+        *parents, last = key.split(".")
+        functools.reduce(dict.__getitem__, parents, kept).pop(last, None)
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def git_state() -> dict[str, Any] | None:
+    """Commit and dirty flag of the working directory; None where it is no git checkout."""
+    if not shutil.which("git"):
+        return None
+    head = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    if head.returncode:
+        return None
+    changes = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {"commit": head.stdout.strip(), "dirty": bool(changes.stdout.strip())}
+
+
+def read(directory: Path) -> dict[str, Any]:
+    return json.loads((directory / "run.json").read_text())
+
+
+def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    file = directory / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+
+def find(reference: str, root: Path = ROOT) -> Path:
+    """The directory of the completed run that `reference` means: a path, "latest", a name, or a stamp.
+
+    Of several, the one that started last. Raises ConfigError where there is none, or the one named by its path
+    did not complete.
+    """
+    if (Path(reference) / "run.json").is_file():
+        if (status := read(Path(reference))["status"]) != "completed":
+            raise ConfigError(f"{reference}: this run is {status}; only a completed run has a final model")
+        return Path(reference)
+    candidates = [
+        (record["start"], file.stat().st_mtime, file.parent)
+        for file in root.glob("**/run.json")
+        if (record := read(file.parent))["status"] == "completed"
+        and (reference == "latest" or reference in file.parent.relative_to(root).parts)
+    ]
+    if not candidates:
+        raise ConfigError(f"{reference}: no completed run of that name, stamp or path in {root.absolute()}")
+    return max(candidates)[2]

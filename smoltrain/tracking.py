@@ -1,0 +1,72 @@
+"""Trackio: one run of ours is one run there, in a folder of this project, with real steps and its final status."""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.integrations import rewrite_logs
+
+from smoltrain.callbacks import RunCallback
+from smoltrain.config import ConfigError
+from smoltrain.runs import ROOT, Run
+
+
+def open_trackio() -> Any:
+    """The trackio module, told to keep its data in multirun/trackio unless TRACKIO_DIR says otherwise.
+
+    Trackio reads TRACKIO_DIR once, when it is imported: nothing else of smoltrain may import it.
+    """
+    os.environ.setdefault("TRACKIO_DIR", str((ROOT / "trackio").absolute()))
+    try:
+        import trackio
+    except ImportError as error:
+        raise ConfigError("tracking=trackio needs `pip install trackio`; tracking=none does without") from error
+    return trackio
+
+
+class Trackio(RunCallback):
+    """Logs to Trackio by step; its stock callback logs without steps and replaces a run that was begun before it."""
+
+    def __init__(self, project: str, group: str) -> None:
+        self.trackio = open_trackio()
+        self.project, self.group = project, group
+
+    def on_run_begin(self, run: Run) -> None:
+        record, args = run.record, run.record["config"]["trainer"]["args"]
+        flat = {  # Trackio groups runs by what stands at the top
+            "trainer": record["trainer"],
+            "model": record["model"],
+            "seed": record["seed"],
+            "learning_rate": args["learning_rate"],
+            "config_hash": record["config_hash"],
+            "directory": str(run.directory),
+        }
+        with contextlib.redirect_stdout(io.StringIO()):  # its hints lack TRACKIO_DIR
+            self.run = self.trackio.init(
+                project=self.project,
+                name="/".join(run.directory.parts[-2:]),
+                group=self.group,
+                config=flat | {"config": record["config"]},
+                embed=False,
+                auto_log_cpu=False,
+            )
+        self.run.log({"status": "running"}, step=0)  # so that an early crash is seen
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.run.log(rewrite_logs(kwargs["logs"]), step=state.global_step)
+
+    def on_run_end(self, run: Run) -> None:
+        final = {f"final/{name}": value for name, value in run.record["metrics"].items()}
+        self.run.log({**final, "status": run.record["status"]}, step=run.record["steps"])
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.trackio.finish()  # also ends what it would do again, aloud, when the process exits
+
+
+def dashboard() -> None:
+    """Opens Trackio's dashboard on this project's runs, until interrupted."""
+    trackio = open_trackio()
+    print(f"Runs in {Path(os.environ['TRACKIO_DIR'])}; stop with Ctrl+C")
+    trackio.show(project="smoltrain")

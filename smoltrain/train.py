@@ -1,0 +1,89 @@
+"""The entrypoint: one resolved config becomes one recorded run. The `_target_` in the config is the method."""
+
+import warnings
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from smoltrain import report, runs
+from smoltrain.config import ConfigError, refusing, validate
+
+
+def main(cfg: DictConfig) -> float:
+    """Hydra's task: checks the config, opens the run, trains in it, and returns the objective for sweepers."""
+    validate(cfg)
+    parent = pin_parent(cfg)
+    hydra = HydraConfig.get()
+    with runs.Run(hydra.runtime.output_dir, cfg, list(hydra.overrides.task), report.write) as run:
+        run.note(parent=parent)
+        report.banner(run)
+        train(cfg, run)
+    report.summary(run)
+    return run.record["objective"]
+
+
+def train(cfg: DictConfig, run: runs.Run) -> None:
+    """Data, model, trainer; evaluate, train, evaluate; save. Nothing here knows which method it is."""
+    from smoltrain.data import require_columns
+
+    with refusing("data"):
+        data = instantiate(cfg.data)
+        require_columns(data, cfg.expects, cfg.trainer._target_)
+
+    import torch
+    from transformers import PrinterCallback, set_seed
+
+    # TRL still asks transformers for the old name of activation checkpointing.
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+
+    from smoltrain.callbacks import Metrics
+    from smoltrain.evaluate import evaluate
+
+    set_seed(cfg.seed)
+    if cfg.threads is not None:
+        torch.set_num_threads(cfg.threads)
+    with refusing("model"):
+        model, tokenizer = instantiate(cfg.model)
+    with refusing("callbacks"):
+        callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
+    with refusing("trainer"):
+        trainer = instantiate(cfg.trainer)(
+            model=model,
+            processing_class=tokenizer,
+            train_dataset=data["train"],
+            eval_dataset=data["test"],
+            callbacks=callbacks,
+        )
+    trainer.remove_callback(PrinterCallback)  # Progress prints
+    run.note(**report.facts(trainer, data))
+    run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
+
+    before, first_replies = evaluate(trainer, data["test"], cfg.evaluation.max_rows, cfg.evaluation.max_new_tokens)
+    if cfg.objective not in before:
+        raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
+    run.note(metrics={f"before/{name}": value for name, value in before.items()})
+    trainer.train()
+    after, replies = evaluate(trainer, data["test"], cfg.evaluation.max_rows, cfg.evaluation.max_new_tokens)
+    trainer.save_model(str(run.directory / "model"))
+    run.note(
+        steps=trainer.state.global_step,
+        metrics=run.record["metrics"] | after,
+        objective=after[cfg.objective],
+        samples=report.samples(data["test"], first_replies, replies),
+    )
+
+
+def pin_parent(cfg: DictConfig) -> dict | None:
+    """Replaces `model.from_run` by the directory it means today, and returns what the record keeps of that run."""
+    if cfg.model.from_run is None:
+        return None
+    directory = runs.find(cfg.model.from_run).resolve()
+    parent = runs.read(directory)
+    if parent["model"] != cfg.model.name_or_path:
+        raise ConfigError(
+            f"model.from_run={cfg.model.from_run}: {directory} trained {parent['model']}, but model= says "
+            f"{cfg.model.name_or_path}; choose the model that the run trained"
+        )
+    cfg.model.from_run = str(directory)
+    return {"directory": str(directory), "config_hash": parent["config_hash"], "trainer": parent["trainer"]}

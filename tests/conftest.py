@@ -1,0 +1,50 @@
+"""The tiny world of the tests: real commands in this process, in an empty folder, on a few rows."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+
+import pytest
+
+from smoltrain.__main__ import main
+from smoltrain.config import register
+
+register()
+
+QUICK = (
+    "data.train_rows=32",
+    "data.test_rows=8",
+    "evaluation.max_rows=4",
+    "evaluation.max_new_tokens=4",
+    "trainer.args.max_steps=2",
+    "trainer.args.logging_steps=1",
+    "trainer.args.per_device_train_batch_size=4",
+    "trainer.args.save_strategy=no",
+)
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Every test starts in an empty folder of its own, with Trackio's data in it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    return tmp_path
+
+
+@pytest.fixture
+def smoltrain(folder):
+    """Runs one command line, QUICK overrides before it, and returns the records of the runs it made in order."""
+
+    def run(*arguments: str, code: int = 0, quick: tuple[str, ...] = (*QUICK, "tracking=none")) -> list[dict]:
+        before = set(folder.glob("multirun/**/run.json"))
+        flags = [a for a in arguments if a.startswith("-")]
+        assert main([*flags, *quick, *(a for a in arguments if a not in flags)]) == code
+        files = set(folder.glob("multirun/**/run.json")) - before
+        records = [json.loads(file.read_text()) | {"directory": file.parent} for file in files]
+        return sorted(records, key=lambda record: str(record["directory"]))
+
+    return run

@@ -1,0 +1,233 @@
+"""The main promise: the trainer that was asked for, with the values that were asked for, wherever they stand."""
+
+import math
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from smoltrain import config
+from smoltrain.config import CONF, ConfigError, compose
+from smoltrain.runs import read_metrics
+
+OWN = Path(__file__).parent / "conf"
+
+
+@pytest.fixture
+def experiment(folder):
+    """Writes an experiment into a config folder of the user's own and returns the flags that find it."""
+
+    def write(text: str) -> list[str]:
+        file = folder / "own" / "experiment" / "mine.yaml"
+        file.parent.mkdir(parents=True)
+        file.write_text("# @package _global_\n# mine\n" + text)
+        return ["--config-dir", str(folder / "own")]
+
+    return write
+
+
+@pytest.fixture
+def live(folder):
+    """The live trainer that a command line stands for, on a few rows of the embedded data."""
+
+    def build(*overrides: str):
+        cfg = compose([f"trainer.args.output_dir={folder}", *overrides], [])
+        data = instantiate(cfg.data)
+        model, tokenizer = instantiate(cfg.model)
+        return instantiate(cfg.trainer)(
+            model=model, processing_class=tokenizer, train_dataset=data["train"], eval_dataset=data["test"]
+        )
+
+    return build
+
+
+FEW = ("data.train_rows=16", "data.test_rows=8")
+
+
+def test_sft_is_the_default_and_its_values_arrive(live):
+    import trl
+
+    trainer = live(*FEW, "seed=7", "trainer.args.learning_rate=3e-4", "trainer.args.max_length=96")
+    assert isinstance(trainer, trl.SFTTrainer) and type(trainer.args) is trl.SFTConfig
+    args = trainer.args
+    assert (args.seed, args.learning_rate, args.max_length, args.assistant_only_loss) == (7, 3e-4, 96, True)
+
+
+def test_dpo_is_chosen_and_its_values_arrive(live):
+    import trl
+
+    trainer = live(*FEW, "trainer=dpo", "trainer.args.beta=0.3", "trainer.args.loss_type=hinge", "seed=5")
+    assert isinstance(trainer, trl.DPOTrainer) and type(trainer.args) is trl.DPOConfig
+    args = trainer.args
+    assert (args.beta, args.loss_type, args.seed, trainer.beta) == (0.3, ["hinge"], 5, 0.3)
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_every_configured_value_is_found_again(live, trainer):
+    overrides = [f"trainer={trainer}", "trainer.args.weight_decay=0.01", "trainer.args.max_grad_norm=0.5"]
+    args = live(*FEW, *overrides).args
+    configured = compose(["trainer.args.output_dir=x", *overrides], []).trainer.args
+    for key, value in OmegaConf.to_container(configured, resolve=True).items():
+        if key not in ("_target_", "output_dir"):
+            found = getattr(args, key)
+            found = found[0] if isinstance(found, list) and len(found) == 1 else found
+            found = getattr(found, "value", found)
+            assert found == value or (value == "none" and found == []), (key, value, found)
+
+
+def test_what_both_share_stands_once(folder, monkeypatch):
+    copy = shutil.copytree(CONF, folder / "conf")
+    monkeypatch.setattr(config, "CONF", copy)
+    base, dpo = copy / "trainer" / "base.yaml", copy / "trainer" / "dpo.yaml"
+    base.write_text(base.read_text().replace("max_length: 1024", "max_length: 77"))
+    assert [compose([f"trainer={t}"], []).trainer.args.max_length for t in ("sft", "dpo")] == [77, 77]
+    dpo.write_text(dpo.read_text().replace("beta: 0.1", "beta: 0.1\n    max_length: 88"))
+    assert [compose([f"trainer={t}"], []).trainer.args.max_length for t in ("sft", "dpo")] == [77, 88]
+
+
+def test_an_unknown_trainer_lists_the_choices(smoltrain, folder, capsys):
+    smoltrain("trainer=ppo", code=2)
+    assert "Choose one of: dpo, sft" in capsys.readouterr().err
+    assert list(folder.iterdir()) == []
+
+
+DPO = "defaults:\n  - override /trainer: dpo\n  - _self_\n"
+SFT = "defaults:\n  - override /trainer: sft\n  - _self_\n"
+PRIORITY = [  # file, command line, key, what runs
+    ("", [], "trainer._target_", "trl.SFTTrainer"),
+    (DPO, [], "trainer._target_", "trl.DPOTrainer"),
+    (DPO, ["trainer=sft"], "trainer._target_", "trl.SFTTrainer"),
+    (SFT, ["trainer=dpo"], "trainer._target_", "trl.DPOTrainer"),
+    ("", ["model=smollm2_135m"], "trainer.args.learning_rate", 2e-5),
+    ("trainer: {args: {learning_rate: 3.0}}", [], "trainer.args.learning_rate", 3.0),
+    ("trainer: {args: {learning_rate: 3.0}}", ["trainer.args.learning_rate=4"], "trainer.args.learning_rate", 4),
+    ("", [], "trainer.args.max_length", 1024),
+    ("trainer: {args: {max_length: 50}}", [], "trainer.args.max_length", 50),
+    ("trainer: {args: {max_length: 50}}", ["trainer.args.max_length=60"], "trainer.args.max_length", 60),
+    ("", [], "model.name_or_path", "pkg://smoltrain/tiny"),
+    ("defaults: [override /model: smollm2_360m]", [], "model.name_or_path", "HuggingFaceTB/SmolLM2-360M"),
+    ("defaults: [override /model: smollm2_360m]", ["model=tiny"], "model.name_or_path", "pkg://smoltrain/tiny"),
+    ("", [], "data._target_", "smoltrain.data.sums.conversations"),
+    ("defaults: [override /data: smoltalk2]", [], "data.path", "HuggingFaceTB/smoltalk2"),
+    ("defaults: [override /data: smoltalk2]", ["data=sums"], "data._target_", "smoltrain.data.sums.conversations"),
+    ("defaults: [override /data: smoltalk2]", ["trainer=dpo"], "data.path", "HuggingFaceTB/smoltalk2"),
+    (DPO, [], "data._target_", "smoltrain.data.sums.preferences"),
+    (DPO, ["trainer=sft"], "data._target_", "smoltrain.data.sums.conversations"),
+    ("", ["trainer=dpo", "data=sums"], "data._target_", "smoltrain.data.sums.conversations"),
+    ("", ["data=sums", "trainer=dpo"], "data._target_", "smoltrain.data.sums.conversations"),
+]
+
+
+@pytest.mark.parametrize(("file", "overrides", "key", "expected"), PRIORITY)
+def test_the_command_line_beats_the_file_and_the_file_beats_the_groups(experiment, file, overrides, key, expected):
+    flags, chosen = (experiment(file), ["experiment=mine"]) if file else ([], [])
+    for arguments in ([*chosen, *overrides], [*overrides, *chosen]):
+        assert OmegaConf.select(compose(arguments, flags), key) == expected
+
+
+def test_every_surface_agrees_with_the_resolved_config(smoltrain, capsys):
+    (record,) = smoltrain("trainer=dpo", "trainer.args.learning_rate=0.00071", "tracking=trackio")
+    out = capsys.readouterr().out
+    assert record["config"]["trainer"]["args"]["learning_rate"] == 0.00071
+    report = (record["directory"] / "report.md").read_text()
+    for surface in (out, report):
+        assert "trl.DPOTrainer" in surface and "0.00071" in surface
+    import trackio
+
+    (run,) = trackio.Api().runs("smoltrain")
+    assert run.config["learning_rate"] == 0.00071 and run.config["trainer"] == "trl.DPOTrainer"
+    assert run.config["config"]["trainer"]["args"]["learning_rate"] == 0.00071
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lacks"),
+    [(("trainer=dpo", "data=sums"), "lacks prompt, chosen, rejected"), (("data=sums_preferences",), "lacks messages")],
+)
+def test_the_wrong_rows_are_refused_before_a_model_loads(smoltrain, folder, capsys, monkeypatch, arguments, lacks):
+    monkeypatch.setattr("smoltrain.model.load", lambda **_: pytest.fail("the model was loaded"))
+    smoltrain(*arguments, code=2)
+    error = capsys.readouterr().err
+    assert lacks in error and "data has" in error
+    assert list(folder.iterdir()) == []
+
+
+def test_dpo_starts_at_ln2_and_logs_rewards(smoltrain):
+    (record,) = smoltrain("trainer=dpo")
+    logs = read_metrics(record["directory"])
+    first = next(row for row in logs if "loss" in row)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
+    assert {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} <= first.keys()
+
+
+def test_sft_logs_no_rewards(smoltrain):
+    (record,) = smoltrain()
+    assert not any("rewards" in key for row in read_metrics(record["directory"]) for key in row)
+
+
+def test_the_sft_loss_counts_the_reply_and_the_end_of_turn_only(live):
+    trainer = live(*FEW)
+    batch = next(iter(trainer.get_train_dataloader()))
+    tokenizer = trainer.processing_class
+    for ids, labels in zip(batch["input_ids"], batch["labels"], strict=True):
+        text = tokenizer.decode(ids, skip_special_tokens=False)
+        reply = text.split("<|im_start|>assistant\n")[1].split("<|im_end|>")[0] + "<|im_end|>"
+        assert tokenizer.decode(labels[labels != -100], skip_special_tokens=False) == reply
+        assert all(label == token for label, token in zip(labels, ids, strict=True) if label != -100)
+
+
+def test_a_sweep_makes_four_labelled_runs(smoltrain):
+    records = smoltrain("-m", "trainer=sft,dpo", "seed=1,2")
+    assert [(r["trainer"], r["seed"]) for r in records] == [
+        (f"trl.{t}Trainer", seed) for t in ("SFT", "DPO") for seed in (1, 2)
+    ]
+    names = [r["directory"].name for r in records]
+    assert len({r["directory"].parent for r in records}) == 1
+    assert all(
+        f"trainer={t},seed={s}" in name or f"seed={s}" in name
+        for name, (t, s) in zip(names, [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)], strict=True)
+    ), names
+    assert len({r["config_hash"] for r in records}) == 4
+
+
+def test_module_and_command_resolve_to_the_same_bytes():
+    command = [str(Path(sys.executable).parent / "smoltrain")]
+    outputs = [
+        subprocess.run([*start, "--cfg", "job"], capture_output=True, check=True).stdout
+        for start in (command, [sys.executable, "-m", "smoltrain"])
+    ]
+    assert outputs[0] == outputs[1] == (Path(__file__).parent / "golden.yaml").read_bytes()
+
+
+def test_callbacks_are_config(smoltrain):
+    early = "callbacks.early={_target_: transformers.EarlyStoppingCallback, early_stopping_patience: 1}"
+    stopping = ("trainer.args.eval_strategy=steps", "trainer.args.eval_steps=1", "trainer.args.save_strategy=best")
+    best = ("trainer.args.load_best_model_at_end=true", "trainer.args.metric_for_best_model=eval_loss")
+    (record,) = smoltrain(early, *stopping, *best, "trainer.args.max_steps=6", "trainer.args.learning_rate=0")
+    assert record["steps"] == 2  # nothing improves: the first evaluation is the best, the second stops it
+
+
+def test_another_trl_trainer_is_one_yaml_file(smoltrain):
+    file = OWN / "trainer" / "kto.yaml"
+    assert len(file.read_text().splitlines()) <= 10
+    (record,) = smoltrain(f"--config-dir={OWN}", "trainer=kto", "evaluation.max_rows=0", "trainer.args.max_steps=1")
+    assert (record["trainer"], record["status"], record["steps"]) == ("trl.KTOTrainer", "completed", 1)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("trainer.args.lerning_rate=1", "did you mean learning_rate?"),
+        ("trainer.arg.beta=1", "did you mean trainer.args?"),
+        ("modle=tiny", "did you mean model?"),
+        ("seed=abc", "seed=abc"),
+        ("data=local", "data.path has no value"),
+    ],
+)
+def test_a_mistake_is_named_with_its_mend(override, message):
+    with pytest.raises(ConfigError) as error:
+        compose([override], [])
+    assert message in str(error.value)

@@ -1,0 +1,191 @@
+"""What a run leaves behind: its record, its exit code, its report; and nothing where nothing ran."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from smoltrain import runs
+from smoltrain.config import ConfigError, compose, plain, stamp
+from smoltrain.runs import config_hash, find, read_metrics
+
+
+def test_the_record_says_what_ran(smoltrain):
+    (record,) = smoltrain("seed=3")
+    assert (record["status"], record["seed"], record["steps"], record["trainer"]) == (
+        "completed",
+        3,
+        2,
+        "trl.SFTTrainer",
+    )
+    assert record["rows"] == {"train": 32, "test": 8, "trained": 32}
+    assert record["parameters"] == record["trainable_parameters"] == 1_036_416
+    assert record["objective"] == record["metrics"]["eval_loss"] < record["metrics"]["before/eval_loss"]
+    assert {"exact_match", "before/exact_match"} <= record["metrics"].keys()
+    assert record["versions"]["trl"] and record["end"] >= record["start"] and record["error"] is None
+    assert "seed=3" in record["overrides"] and record["config"]["trainer"]["args"]["seed"] == 3
+    steps = [row["step"] for row in read_metrics(record["directory"]) if "loss" in row]
+    assert steps == [1, 2]
+    assert {file.name for file in record["directory"].iterdir()} >= {"model", "report.md", "curves.png", ".hydra"}
+
+
+def test_the_same_command_gives_the_same_numbers(smoltrain):
+    (first,), (second,), (other,) = smoltrain(), smoltrain(), smoltrain("seed=1")
+    assert first["config_hash"] == second["config_hash"] != other["config_hash"]
+    assert first["metrics"] == second["metrics"] != other["metrics"]
+    assert first["fingerprints"] == second["fingerprints"] == other["fingerprints"]
+    assert first["directory"] != second["directory"]
+
+
+def test_the_hash_ignores_where_and_who_watches_and_nothing_else():
+    def hashed(*overrides: str) -> str:
+        return config_hash(plain(compose(["trainer.args.output_dir=x", *overrides], []), resolve=True))
+
+    same = [("name=other",), ("tracking=none",), ("trainer.args.output_dir=y",), ("callbacks.progress=null",)]
+    assert {hashed(*overrides) for overrides in same} == {hashed()}
+    different = [("seed=1",), ("trainer=dpo",), ("trainer.args.max_length=9",), ("data.train_rows=9",), ("peft=lora",)]
+    assert len({hashed(*overrides) for overrides in different} | {hashed()}) == len(different) + 1
+
+
+def test_a_run_starts_from_another(smoltrain, capsys):
+    (sft,) = smoltrain("name=first")
+    for reference in ("latest", "first", str(sft["directory"]), sft["directory"].name):
+        assert find(reference).resolve() == sft["directory"]
+    (dpo,) = smoltrain("trainer=dpo", "model.from_run=latest")
+    assert dpo["parent"] == {
+        "directory": str(sft["directory"]),
+        "config_hash": sft["config_hash"],
+        "trainer": "trl.SFTTrainer",
+    }
+    assert dpo["metrics"]["before/exact_match"] == sft["metrics"]["exact_match"]
+    assert dpo["config"]["model"]["from_run"] == str(sft["directory"])
+    smoltrain("model.from_run=latest", "model=smollm2_135m", code=2)
+    assert "choose the model that the run trained" in capsys.readouterr().err
+
+
+def test_a_run_starts_from_an_adapter_merged(smoltrain):
+    (lora,) = smoltrain("peft=lora", "trainer.args.learning_rate=0.01")
+    assert lora["trainable_parameters"] < lora["parameters"] / 3
+    assert (lora["directory"] / "model" / "adapter_config.json").exists()
+    (after,) = smoltrain("model.from_run=latest", "trainer.args.learning_rate=0")
+    assert after["metrics"]["before/eval_loss"] == pytest.approx(lora["metrics"]["eval_loss"], abs=1e-5)
+
+
+def test_only_a_completed_run_has_a_model_to_start_from(smoltrain, folder, capsys):
+    smoltrain("model.from_run=latest", code=2)
+    assert "no completed run" in capsys.readouterr().err and list(folder.iterdir()) == []
+    (record,) = smoltrain()
+    file = record["directory"] / "run.json"
+    file.write_text(json.dumps(runs.read(record["directory"]) | {"status": "failed"}))
+    with pytest.raises(ConfigError, match="this run is failed"):
+        find(str(record["directory"]))
+    with pytest.raises(ConfigError, match="no completed run"):
+        find("latest")
+
+
+def test_a_diverged_run_exits_3_and_has_no_final_model(smoltrain, capsys):
+    (record,) = smoltrain(
+        "trainer.args.learning_rate=1e30", "trainer.args.max_grad_norm=0", "trainer.args.max_steps=6", code=3
+    )
+    assert record["status"] == "diverged" and record["objective"] is None
+    assert "nan" in record["error"] or "inf" in record["error"]
+    assert not (record["directory"] / "model").exists()
+    assert "diverged" in (record["directory"] / "report.md").read_text()
+
+
+def test_a_failing_run_says_so_and_passes_the_error_on(smoltrain, monkeypatch, folder):
+    def fail(*args, **kwargs):
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("trl.SFTTrainer.training_step", fail)
+    with pytest.raises(MemoryError):
+        smoltrain()
+    (file,) = folder.glob("multirun/*/*/run.json")
+    assert (json.loads(file.read_text())["status"], json.loads(file.read_text())["error"]) == (
+        "failed",
+        "MemoryError: no room",
+    )
+    assert "MemoryError: no room" in (file.parent / "report.md").read_text()
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_an_interrupted_run_is_preempted(folder, sign):
+    command = [
+        sys.executable,
+        "-m",
+        "smoltrain",
+        "tracking=none",
+        "evaluation.max_rows=0",
+        "trainer.args.max_steps=9999",
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("step 10/"):
+            process.send_signal(sign)
+            break
+    process.communicate(timeout=60)
+    (file,) = folder.glob("multirun/*/*/run.json")
+    assert (process.returncode, json.loads(file.read_text())["status"]) == (143, "preempted")
+    assert not (file.parent / "model").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("data=local", "data.path=nowhere.jsonl"), "data.path=nowhere.jsonl: there is no such file"),
+        (("data=local", "data.path=broken.json"), "broken.json"),
+        (("data=local", "data.path=odd.txt"), "cannot read .txt"),
+        (("data=local", "data.path=shapeless.jsonl"), "fit none of the known shapes"),
+        (("data=local", "data.path=short.jsonl"), "data.test_rows=100"),
+        (("--config-dir=own", "experiment=bad"), "bad.yaml"),
+        (("--config-dir=nowhere",), "nowhere"),
+        (("model=nothing",), "Choose one of: "),
+        (("hydra.run.dir=file/run",), "cannot write the run's directory"),
+        (("trainer.args.hub_token=abc",), "only from the environment"),
+        (("objective=eval_accuracy",), "objective=eval_accuracy: not measured here"),
+        (("trainer.args.optim=adamw_nonsense",), "adamw_nonsense"),
+        (("model.chat_template=none_such",), "model.chat_template=none_such: no such file; choose one of chatml"),
+        (("seed=1", "seed"), "seed"),
+    ],
+)
+def test_bad_input_is_one_message_and_leaves_nothing(folder, capfd, arguments, message):
+    (folder / "own" / "experiment").mkdir(parents=True)
+    (folder / "own" / "experiment" / "bad.yaml").write_text("# @package _global_\n{seed: [")
+    (folder / "broken.json").write_text('{"messages": [')
+    (folder / "odd.txt").write_text("text")
+    (folder / "file").write_text("a file, not a folder")
+    (folder / "shapeless.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
+    (folder / "short.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
+    before = sorted(folder.rglob("*"))
+    from smoltrain.__main__ import main
+
+    flags = [a for a in arguments if a.startswith("--")]
+    few = ("data.train_rows=32", "data.test_rows=8") if "data=local" not in arguments else ()
+    arguments = [*flags, *few, "evaluation.max_rows=0", "tracking=none", *(a for a in arguments if a not in flags)]
+    assert main(arguments) == 2
+    error = capfd.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_sweep_goes_on_after_a_diverged_run(smoltrain):
+    records = smoltrain(
+        "-m", "trainer.args.learning_rate=1e30,1e-4", "trainer.args.max_grad_norm=0", "trainer.args.max_steps=6", code=3
+    )
+    assert [r["status"] for r in records] == ["diverged", "completed"]
+
+
+def test_stamps_differ_within_a_second():
+    assert len({stamp.__wrapped__() for _ in range(20)}) == 20
+
+
+def test_the_record_is_written_whole_or_not_at_all(folder, monkeypatch):
+    file = folder / "run.json"
+    runs.write_atomically(file, "old")
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        runs.write_atomically(file, "new")
+    assert file.read_text() == "old"
