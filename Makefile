@@ -38,11 +38,12 @@ dashboard: setup ## the curves of all runs, in a browser
 	@$(BIN)/smoltrain dashboard
 
 DATA ?= ../shared/data
-REAL := trainer.args.max_steps=100 name=real evaluation.max_rows=0
+REAL := name=real data=local data.test_rows=50 evaluation.max_rows=0 threads=2 trainer.args.max_steps=100 \
+	trainer.args.per_device_train_batch_size=2 trainer.args.per_device_eval_batch_size=4
 real: setup ## 100 steps each on real rows: GSM8K, Alpaca, a preference set (DATA=folder)
-	$(BIN)/smoltrain data=local data.path=$(DATA)/gsm8k_train.jsonl $(REAL) $(ARGS)
-	$(BIN)/smoltrain data=local data.path=$(DATA)/alpaca_en_demo.json $(REAL) $(ARGS)
-	$(BIN)/smoltrain trainer=dpo data=local data.path=$(DATA)/dpo_en_demo.json data.test_rows=50 $(REAL) $(ARGS)
+	$(BIN)/smoltrain $(REAL) data.path=$(DATA)/gsm8k_train.jsonl $(ARGS)
+	$(BIN)/smoltrain $(REAL) data.path=$(DATA)/alpaca_en_demo.json $(ARGS)
+	$(BIN)/smoltrain $(REAL) data.path=$(DATA)/dpo_en_demo.json trainer=dpo $(ARGS)
 
 tiny: setup ## make the embedded model again, from nothing (20 minutes on 2 cores)
 	$(BIN)/python -m smoltrain.tiny.pretrain

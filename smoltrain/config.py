@@ -165,7 +165,7 @@ def plain(cfg: Any, resolve: bool = False) -> dict[str, Any]:
 
 
 def validate(cfg: DictConfig) -> None:
-    """Raises one ConfigError for all values left open, `${…}` that lead nowhere and unknown fields of `trainer.args`."""
+    """Raises one ConfigError for values left open, `${…}` that lead nowhere and unknown fields of `trainer.args`."""
     missing = unset(plain(cfg))
     problems = [f"{key} has no value: set {key}=…" for key in missing] + dangling(cfg)
     if OmegaConf.is_missing(cfg, "trainer") or "_target_" not in cfg.trainer:
@@ -276,7 +276,7 @@ def explain(error: Exception) -> str:
     return first if detail in ("", first) else f"{first}: {detail}"
 
 
-REFUSALS = (ValueError, TypeError, OSError, ImportError)
+REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def facts(trainer: Any, data: Any) -> dict[str, Any]:
     """What the record says of the live parts: rows, tokens, parameters, fingerprints, device."""
     import hashlib
 
-    from smoltrain.data import fingerprint
+    from smoltrain.data import counts, fingerprint
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -27,7 +27,10 @@ def facts(trainer: Any, data: Any) -> dict[str, Any]:
     weights = list(trainer.model.parameters())
     return {
         "device": str(trainer.args.device),
-        "rows": {"train": len(data["train"]), "test": len(data["test"]), "trained": len(trainer.train_dataset)},
+        "rows": {
+            split: counts(data[split], prepared, trainer.args.max_length)
+            for split, prepared in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
+        },
         "parameters": sum(p.numel() for p in weights),
         "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
         "fingerprints": {
@@ -58,6 +61,19 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
     console.print(f"[bold]{record['trainer']}[/] on {config['data']['_target_']}, seed {record['seed']}")
     console.print(f"model {record['model']}{parent}, learning rate {args['learning_rate']:g}")
     console.print(f"run {run.directory}", soft_wrap=True)
+
+
+def lost_rows(run: runs.Run, console: Console | None = None) -> None:
+    """One line for each split of which rows were dropped or cut; nothing where none was."""
+    limit = f"trainer.args.max_length={run.record['config']['trainer']['args']['max_length']}"
+    console = console or Console(highlight=False, soft_wrap=True)
+    for split, rows in run.record["rows"].items():
+        if rows["cut"]:
+            console.print(f"[yellow]{split}: {rows['cut']} of {rows['given']} rows reach {limit} and are cut[/]")
+        if rows["dropped"]:
+            console.print(
+                f"[yellow]{split}: {rows['dropped']} of {rows['given']} rows are dropped, all prompt at {limit}[/]"
+            )
 
 
 def summary(run: runs.Run, console: Console | None = None) -> None:

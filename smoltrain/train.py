@@ -57,6 +57,7 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
         )
     trainer.remove_callback(PrinterCallback)  # Progress prints
     run.note(**report.facts(trainer, data))
+    report.lost_rows(run)
     run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
 
     before, first_replies = evaluate(trainer, data["test"], cfg.evaluation.max_rows, cfg.evaluation.max_new_tokens)

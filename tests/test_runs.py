@@ -21,7 +21,10 @@ def test_the_record_says_what_ran(smoltrain):
         2,
         "trl.SFTTrainer",
     )
-    assert record["rows"] == {"train": 32, "test": 8, "trained": 32}
+    assert record["rows"] == {
+        "train": {"given": 32, "dropped": 0, "cut": 0},
+        "test": {"given": 8, "dropped": 0, "cut": 0},
+    }
     assert record["parameters"] == record["trainable_parameters"] == 1_036_416
     assert record["objective"] == record["metrics"]["eval_loss"] < record["metrics"]["before/eval_loss"]
     assert {"exact_match", "before/exact_match"} <= record["metrics"].keys()

@@ -30,6 +30,25 @@ def fingerprint(rows: "Dataset") -> str:
     return digest.hexdigest()[:16]
 
 
+def counts(given: "Dataset", prepared: "Dataset", max_length: int | None) -> dict[str, int]:
+    """How many rows a trainer was given, how many it dropped, and how many of the rest reach `max_length` tokens.
+
+    TRL cuts longer rows, and drops those of which nothing is left to train on, without a word.
+    """
+    import pyarrow.compute as pc
+
+    table = prepared.with_format("arrow")[:]
+    if "seq_lengths" in table.column_names:  # packed: several rows in one
+        lengths = pc.list_flatten(table["seq_lengths"])
+    else:
+        ids = {name: pc.list_value_length(table[name]) for name in table.column_names if name.endswith("_ids")}
+        prompt = ids.pop("prompt_ids", None)
+        longest = pc.max_element_wise(*ids.values())
+        lengths = longest if prompt is None else pc.add(prompt, longest)
+    cut = 0 if max_length is None else pc.sum(pc.greater_equal(lengths, max_length)).as_py() or 0
+    return {"given": len(given), "dropped": len(given) - len(lengths), "cut": cut}
+
+
 def question(row: dict) -> list[dict]:
     """The messages that a held-out reply answers: a conversation without its last turn, or a pair's prompt."""
     return row["prompt"] if "prompt" in row else row["messages"][:-1]
