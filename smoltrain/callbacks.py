@@ -88,6 +88,8 @@ class Progress(RunCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.bars.stop()
+        if self.training is not None:
+            self.bars.remove_task(self.training)  # its last frame stays; a later evaluation does not draw it again
         self.training = None
 
     def on_run_end(self, run: Run) -> None:

@@ -1,6 +1,7 @@
 """What a person reads of a run: the banner before, the table after, and `report.md` with a plot for good."""
 
 import importlib.util
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,16 @@ def samples(rows: Any, before: list[str], after: list[str]) -> list[dict[str, st
 
 
 def banner(run: runs.Run, console: Console | None = None) -> None:
-    """Three lines: what is about to run, on what, and where its record is."""
-    record, config = run.record, run.record["config"]
-    args = config["trainer"]["args"]
-    console = console or Console(highlight=False)
-    parent = f", from {record['parent']['directory']}" if record["parent"] else ""
-    console.print(f"[bold]{record['trainer']}[/] on {config['data']['_target_']}, seed {record['seed']}")
-    console.print(f"model {record['model']}{parent}, learning rate {args['learning_rate']:g}")
-    console.print(f"run {run.directory}", soft_wrap=True)
+    """A few lines: what is about to run, on what, and where its record is."""
+    record, choices = run.record, run.record["choices"]
+    console = console or Console(highlight=False, soft_wrap=True)
+    parts = [f"{group} {choices[group]}" for group in ("model", "data", "hardware", "peft") if choices.get(group)]
+    rate = record["config"]["trainer"]["args"]["learning_rate"]
+    console.print(f"[bold]{choices['trainer']}[/]  {', '.join(parts)}")
+    console.print(f"{record['trainer']}, learning rate {rate:g}, seed {record['seed']}")
+    if record["parent"]:
+        console.print(f"from {record['parent']['directory']}")
+    console.print(f"run  {run.directory}")
 
 
 def lost_rows(run: runs.Run, console: Console | None = None) -> None:
@@ -116,15 +119,15 @@ def write(directory: Path) -> None:
         "",
         "| | |",
         "|---|---|",
-        f"| trainer type | {record['trainer']} |",
-        f"| model | {record['model']} |",
-        f"| data | {record['config']['data']['_target_']} |",
+        f"| trainer type | {record['choices']['trainer']} ({record['trainer']}) |",
+        f"| model | {record['choices']['model']} ({record['model']}) |",
+        f"| data | {record['choices']['data']} ({record['config']['data']['_target_']}) |",
         f"| learning rate | {args['learning_rate']:g} |",
         f"| steps | {record['steps']} |",
         f"| duration | {record['seconds']} s |",
         f"| seed | {record['seed']} |",
         f"| config hash | {record['config_hash']} |",
-        f"| command | `smoltrain {' '.join(record['overrides'])}` |",
+        f"| command | `{shlex.join(['smoltrain', *record['overrides']])}` |",
         f"| started | {record['start']} |",
     ]
     if record["parent"]:

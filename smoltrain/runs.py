@@ -34,12 +34,16 @@ class Run:
     """One run while it runs: a context that ends in exactly one status, whatever happens inside it.
 
     `completed` if the block ends, `diverged` on Diverged, `preempted` on an interrupt, `failed` on any other
-    exception; the exception passes on, after `on_end` has read the closed record. A ConfigError means that
-    nothing has run: there is nothing to close.
+    exception; the exception passes on, after `on_end` has read the closed record.
     """
 
     def __init__(
-        self, directory: str | Path, cfg: DictConfig, overrides: list[str], on_end: Callable[[Path], None]
+        self,
+        directory: str | Path,
+        cfg: DictConfig,
+        choices: dict[str, str],
+        overrides: list[str],
+        on_end: Callable[[Path], None],
     ) -> None:
         self.directory = Path(directory)
         self.on_end = on_end
@@ -52,6 +56,7 @@ class Run:
             "trainer": cfg.trainer._target_,
             "model": cfg.model.name_or_path,
             "config_hash": config_hash(config),
+            "choices": choices,
             "overrides": overrides,
             "seed": cfg.seed,
             "parent": None,
@@ -74,8 +79,6 @@ class Run:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, ConfigError):
-            return
         self.note(
             status=status_of(error),
             end=now(),

@@ -15,7 +15,8 @@ def main(cfg: DictConfig) -> float:
     validate(cfg)
     parent = pin_parent(cfg)
     hydra = HydraConfig.get()
-    with runs.Run(hydra.runtime.output_dir, cfg, list(hydra.overrides.task), report.write) as run:
+    choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
+    with runs.Run(hydra.runtime.output_dir, cfg, choices, list(hydra.overrides.task), report.write) as run:
         run.note(parent=parent)
         report.banner(run)
         train(cfg, run)
@@ -34,8 +35,10 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
     import torch
     from transformers import PrinterCallback, set_seed
 
-    # TRL still asks transformers for the old name of activation checkpointing.
-    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    # TRL still calls activation checkpointing in transformers by its old names.
+    warnings.filterwarnings(
+        "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
+    )
 
     from smoltrain.callbacks import Metrics
     from smoltrain.evaluate import evaluate

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 
 from smoltrain import config
 from smoltrain.config import CONF, ConfigError, compose
+from smoltrain.data import sums
 from smoltrain.runs import read_metrics
 
 OWN = Path(__file__).parent / "conf"
@@ -231,3 +232,13 @@ def test_a_mistake_is_named_with_its_mend(override, message):
     with pytest.raises(ConfigError) as error:
         compose([override], [])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("experiment", config.options("experiment", []))
+def test_every_experiment_survives_a_step_with_the_tiny_model(smoltrain, folder, experiment):
+    columns = compose([f"experiment={experiment}"], []).expects[0]
+    rows = next(s for s in (sums.conversations, sums.preferences) if set(columns) <= set(s(1, 1, 0)["train"].features))
+    rows(20, 1, 0)["train"].remove_columns("answer").to_json(str(folder / "rows.jsonl"))
+    tiny = ("model=tiny", "data=local", "data.path=rows.jsonl", "data.test_rows=4", "hardware=cpu", "tracking=none")
+    (record,) = smoltrain(f"experiment={experiment}", quick=(*tiny, "trainer.args.max_steps=1"))
+    assert (record["status"], record["steps"], record["name"]) == ("completed", 1, experiment)
