@@ -230,10 +230,11 @@ def fields(target: str) -> frozenset[str]:
     return frozenset()
 
 
-@cache
-def sources() -> tuple[Path, ...]:
-    """The files in which trl and transformers define the arguments of their trainers."""
-    return (*sorted(package_folder("trl").rglob("*_config.py")), package_folder("transformers") / "training_args.py")
+def sources() -> Iterator[Path]:
+    """The files in which trl and transformers define the arguments of their trainers, the likeliest first."""
+    yield from sorted((package_folder("trl") / "trainer").glob("*_config.py"))
+    yield package_folder("transformers") / "training_args.py"
+    yield from sorted((package_folder("trl") / "experimental").rglob("*_config.py"))
 
 
 def package_folder(package: str) -> Path:

@@ -108,6 +108,13 @@ def test_every_kind_of_file_is_read_through_its_column_names(folder, ending):
     assert pairs == {(f"q{i}", f"a{i}") for i in range(20)}
 
 
+def test_a_cell_of_a_csv_is_text(folder):
+    (folder / "rows.csv").write_text("prompt,completion\n007,NA\n" + "1,2\n" * 3)
+    data = local("rows.csv", None, test_rows=1, max_rows=None, seed=0)
+    said = {tuple(m["content"] for m in row["messages"]) for row in [*data["train"], *data["test"]]}
+    assert said == {("007", "NA"), ("1", "2")}
+
+
 @pytest.mark.parametrize(
     ("row", "columns", "message"),
     [

@@ -9,6 +9,8 @@ from smoltrain.config import ConfigError
 from smoltrain.data.formats import canonical
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
+# A cell is text, 007 and NA too; only an empty one is missing.
+READING = {"csv": {"dtype": str, "keep_default_na": False, "na_values": [""]}}
 
 
 def local(path: str, columns: dict[str, str] | None, test_rows: int, max_rows: int | None, seed: int) -> DatasetDict:
@@ -20,10 +22,11 @@ def local(path: str, columns: dict[str, str] | None, test_rows: int, max_rows: i
         raise ConfigError(
             f"data.path={path}: cannot read {file.suffix or 'a file without ending'}; {', '.join(READERS)}"
         )
+    reader = READERS[file.suffix]
     try:
-        rows = load_dataset(READERS[file.suffix], data_files=str(file), split="train")
+        rows = load_dataset(reader, data_files=str(file), split="train", **READING.get(reader, {}))
     except DatasetGenerationError as error:
-        raise ConfigError(f"data.path={path}: cannot be read as {READERS[file.suffix]}: {error.__cause__}") from error
+        raise ConfigError(f"data.path={path}: cannot be read as {reader}: {error.__cause__}") from error
     return hold_out(canonical(first(rows, max_rows), columns), test_rows, seed)
 
 

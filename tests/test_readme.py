@@ -1,0 +1,101 @@
+"""README is true: every command of it is run, every file of the house is there, and its figures are recent."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from smoltrain.__main__ import main
+from smoltrain.config import compose, options, plain
+from smoltrain.data import sums
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
+CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
+RUN = [c for c in COMMANDS if c[:1] not in (["launch"], ["dashboard"], ["--help"]) and "--cfg" not in c]
+LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] == ["--help"] or "--cfg" in c]
+
+
+@pytest.fixture
+def newcomer(folder):
+    """A folder as README's reader has it: a file of rows, another with columns of its own names, own YAML files."""
+    sums.conversations(30, 1, 0)["train"].remove_columns("answer").to_json(str(folder / "my.jsonl"))
+    (folder / "my.csv").write_text("ask,reply\n" + "2 + 2 =,4\n" * 30)
+    (folder / "my_conf" / "experiment").mkdir(parents=True)
+    (folder / "my_conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n# Mine\nseed: 5\n")
+    (folder / "tests").symlink_to(ROOT / "tests")
+    return folder
+
+
+@pytest.mark.parametrize("command", RUN, ids=" ".join)
+def test_a_training_command_trains(newcomer, smoltrain, command):
+    """Run for one step, on the tiny model where README's is downloaded, on local rows where README's are."""
+    quick = ["trainer.args.max_steps=1", "evaluation.max_rows=2", "evaluation.max_new_tokens=2", "tracking=none"]
+    flags = [a for a in command if a in ("-m",)]
+    given = [a for a in command if a not in flags]
+    folder = [given.pop(given.index("--config-dir")), given.pop(0)] if "--config-dir" in given else []
+    cfg = compose([a for a in given if a not in flags and "," not in a.split("{")[0]], folder)
+    if cfg.model.name_or_path != "pkg://smoltrain/tiny":
+        given += ["model=tiny", "hardware=cpu"]
+    if cfg.data._target_.endswith("hub"):
+        columns = cfg.expects[0]
+        form = next(
+            f for f in (sums.conversations, sums.preferences) if set(columns) <= {*f(1, 1, 0)["train"].features}
+        )
+        form(30, 1, 0)["train"].remove_columns("answer").to_json(str(newcomer / "rows.jsonl"))
+        given += ["data=local", "data.path=rows.jsonl"]
+    small = ["data.test_rows=4"] if "sums" not in cfg.data._target_ or "data=local" in given else []
+    small += ["data.train_rows=16", "data.test_rows=8"] if not small else []
+    if any("from_run" in a for a in given):
+        smoltrain()
+    code = main([*flags, *folder, *given, *quick, *small])
+    assert code == 0
+    assert len(list(newcomer.glob("multirun/**/run.json"))) >= (4 if flags else 1)
+
+
+@pytest.mark.parametrize("command", LOOK, ids=" ".join)
+def test_a_looking_command_looks(capsys, command):
+    assert main(command) == 0
+    assert "trainer" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in CELLS if c not in LOOK and c != ["launch"] and c != ["dashboard"]], ids=" ".join
+)
+def test_a_command_in_a_table_composes(command):
+    overrides = [a for a in command if "=" in a and a != "install=bash" and a != "-m"]
+    assert plain(compose(overrides, []))["trainer"]["_target_"]
+
+
+def test_every_make_target_named_is_there():
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = set(re.findall(r"`make ([a-z]+)`", README)) | {"setup", "train"}
+    assert named <= targets and {"demo", "bench", "torture", "tiny"} <= named
+
+
+def test_the_picture_of_the_house_is_true():
+    picture = README.split("## The house")[1].split("```")[1]
+    names = re.findall(r"[\w/]+\.(?:py|yaml)|[a-z_]+/", picture)
+    assert "train.py" in names and "conf/" in names
+    for name in names:
+        assert any((ROOT / where / name).exists() for where in ("", "conf", "smoltrain")), name
+    files = {f.name for f in (ROOT / "smoltrain").glob("*.py")} - {"__init__.py"}
+    folders = {f"{f.name}/" for f in (ROOT / "conf").iterdir() if f.is_dir()}
+    assert files <= set(names) and folders <= set(names)
+
+
+def test_every_option_that_readme_names_exists():
+    for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment"):
+        known = {*options(group, []), *options(group, ["--config-dir", str(ROOT / "tests" / "conf")]), "mine", "ppo"}
+        for option in re.findall(rf"(?<![\w.]){group}=([\w.]+)", README):
+            assert option in known, f"{group}={option}"
+
+
+def test_the_messages_in_troubleshooting_are_the_real_ones(folder, capfd):
+    for arguments, cell in ((["trainer=ppo"], "Choose one of: dpo, sft"), (["trainer.args.lerning_rate=1"], None)):
+        assert main(arguments) == 2
+        error = capfd.readouterr().err.strip()
+        assert (cell or error) in README and (cell or error) in error
