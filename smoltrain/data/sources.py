@@ -1,16 +1,16 @@
 """Where rows come from: files of one's own and data sets of the hub, as train and test splits in TRL's formats."""
 
+import csv
 from pathlib import Path
+from typing import Any
 
-from datasets import Dataset, DatasetDict, load_dataset
+from datasets import Dataset, DatasetDict, Features, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from smoltrain.config import ConfigError
 from smoltrain.data.formats import canonical
 
 READERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet"}
-# A cell is text, 007 and NA too; only an empty one is missing.
-READING = {"csv": {"dtype": str, "keep_default_na": False, "na_values": [""]}}
 
 
 def local(path: str, columns: dict[str, str] | None, test_rows: int, max_rows: int | None, seed: int) -> DatasetDict:
@@ -24,10 +24,18 @@ def local(path: str, columns: dict[str, str] | None, test_rows: int, max_rows: i
         )
     reader = READERS[file.suffix]
     try:
-        rows = load_dataset(reader, data_files=str(file), split="train", **READING.get(reader, {}))
+        rows = load_dataset(reader, data_files=str(file), split="train", **(as_text(file) if reader == "csv" else {}))
     except DatasetGenerationError as error:
         raise ConfigError(f"data.path={path}: cannot be read as {reader}: {error.__cause__}") from error
     return hold_out(canonical(first(rows, max_rows), columns), test_rows, seed)
+
+
+def as_text(file: Path) -> dict[str, Any]:
+    """How to read a csv so that every cell is a text, 007 and NA too, and only an empty one is missing."""
+    with file.open(newline="") as lines:
+        header = next(csv.reader(lines), [])
+    features = Features({name: Value("string") for name in header})
+    return {"features": features, "keep_default_na": False, "na_values": [""]}
 
 
 def hub(
