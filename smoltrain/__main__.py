@@ -107,11 +107,11 @@ def train(arguments: list[str]) -> int:
         sys.argv = ["smoltrain", *flags, *overrides]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except COMPOSING as error:
-        if exits:
+        if exits[-1:] == [1]:  # not composing, but from within the run
             raise
         raise ConfigError(explain(error)) from error
     except OSError as error:
-        if exits:
+        if exits[-1:] == [1]:
             raise
         raise ConfigError(f"cannot write the run's directory: {error}") from error
     return max(exits, default=0)

@@ -12,7 +12,8 @@ from rich.table import Table
 from smoltrain import runs
 
 SAMPLES = 3
-CURVES = {"loss": "training loss", "eval_loss": "held-out loss"}
+# Held-out losses are points: between two of them nothing was measured.
+CURVES = {"loss": ("training loss", ".-"), "eval_loss": ("held-out loss", "o")}
 
 
 def facts(trainer: Any, data: Any) -> dict[str, Any]:
@@ -159,10 +160,10 @@ def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, title in CURVES.items():
+    for name, (title, style) in CURVES.items():
         points = [(row["step"], row[name]) for row in metrics if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="." if name == "loss" else "o", label=title)
+            axes.plot(*zip(*points, strict=True), style, label=title)
     axes.set(xlabel="step", ylabel="loss")
     axes.legend(frameon=False)
     axes.spines[["top", "right"]].set_visible(False)

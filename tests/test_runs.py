@@ -1,7 +1,10 @@
 """What a run leaves behind: its record, its exit code, its report; and nothing where nothing ran."""
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -179,6 +182,28 @@ def test_a_sweep_goes_on_after_a_diverged_run(smoltrain):
         "-m", "trainer.args.learning_rate=1e30,1e-4", "trainer.args.max_grad_norm=0", "trainer.args.max_steps=6", code=3
     )
     assert [r["status"] for r in records] == ["diverged", "completed"]
+
+
+def test_a_sweep_over_a_choice_that_is_not_there_says_so(smoltrain, capsys):
+    assert smoltrain("-m", "trainer=sft,ppo", code=2) == []  # Hydra composes every run before the first starts
+    assert "Choose one of: dpo, sft" in capsys.readouterr().err
+
+
+LOGGED = "trainer.args.logging_steps=1"
+
+
+def test_a_terminal_sees_a_bar_with_loss_and_learning_rate(folder):
+    ours, theirs = pty.openpty()
+    few = ("data.train_rows=64", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none", LOGGED)
+    process = subprocess.Popen([sys.executable, "-m", "smoltrain", *few], stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while part := os.read(ours, 4096):
+            shown += part
+    assert process.wait() == 0
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
+    assert re.search(r"training +[━╸╺ ]+ *4/4 +loss \d\.\d+ +lr \d\.\de-\d+", text), text[-2000:]
 
 
 def test_stamps_differ_within_a_second():

@@ -1,8 +1,10 @@
 """What watches a run: Trackio with real steps and the final word, other trackers by a line of YAML, or nothing."""
 
 import json
+import re
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 
@@ -71,3 +73,15 @@ def test_other_trackers_are_a_line_of_yaml(smoltrain, capsys, tracker):
     assert compose([f"tracking={tracker}"], []).trainer.args.report_to == tracker in INTEGRATION_TO_CALLBACK
     smoltrain(f"tracking={tracker}", code=2)  # not installed here: said before anything runs
     assert tracker in capsys.readouterr().err.lower()
+
+
+def test_the_dashboard_opens_on_this_projects_runs(smoltrain, monkeypatch):
+    smoltrain("tracking=trackio")
+    monkeypatch.setenv("BROWSER", "true")  # the command, which opens nothing
+    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
+    command = [sys.executable, "-m", "smoltrain", "dashboard"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        url = next(match[0] for line in process.stdout if (match := re.search(r"http://[\d.:]+/", line)))
+        with urllib.request.urlopen(url, timeout=20) as page:
+            assert page.status == 200 and "<html" in page.read().decode().lower()
+        process.kill()
