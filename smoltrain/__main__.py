@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from smoltrain.config import COMPOSING, CONF, ConfigError, defaults, explain, options, register, stamp
+from smoltrain.config import COMPOSING, CONF, ConfigError, defaults, explain, options, register, stamp, suggest
 from smoltrain.runs import Diverged, discard
 
 USAGE = """\
@@ -40,6 +40,8 @@ if not sys.stderr.isatty():
 # Hydra's flags that are followed by a value.
 VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
 
+VERBS = ("train", "launch", "dashboard")
+
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command line and returns its exit code.
@@ -64,6 +66,8 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if {"-h", "--help"} & set(arguments):
             return print_help(arguments)
+        if verb.isidentifier() and verb not in VERBS:
+            raise ConfigError(f"{verb}: there is no such verb{suggest(verb, VERBS)}. Verbs are {', '.join(VERBS)}")
         return train(rest if verb == "train" else arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)

@@ -242,3 +242,10 @@ def test_every_experiment_survives_a_step_with_the_tiny_model(smoltrain, folder,
     tiny = ("model=tiny", "data=local", "data.path=rows.jsonl", "data.test_rows=4", "hardware=cpu", "tracking=none")
     (record,) = smoltrain(f"experiment={experiment}", quick=(*tiny, "trainer.args.max_steps=1"))
     assert (record["status"], record["steps"], record["name"]) == ("completed", 1, experiment)
+
+
+def test_an_unknown_verb_is_named_with_its_mend(smoltrain, capsys):
+    from smoltrain.__main__ import main
+
+    assert main(["trian", "seed=1"]) == 2
+    assert "trian: there is no such verb; did you mean train?" in capsys.readouterr().err

@@ -106,7 +106,9 @@ def test_an_editable_install_reads_the_checkout():
 
 
 def test_make_help_lists_every_target():
-    text = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    text = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     targets = "setup train dpo demo sweep launch dashboard real tiny test torture lint bench clean"
     assert [line.split()[1] for line in text.splitlines()] == ["help", *targets.split()]
 
