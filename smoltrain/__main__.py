@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
         if verb == "launch":
             from smoltrain.launch import launch
 
-            return launch(rest)
+            return launch(rest, start=train)
         if verb == "dashboard":
             from smoltrain.tracking import dashboard
 

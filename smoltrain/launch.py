@@ -7,6 +7,7 @@ import argparse
 import json
 import re
 import shlex
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,8 @@ from smoltrain.config import ConfigError, compose, defaults, fields, options, pl
 TRAINER_TYPE = "trainer type"  # as the list of training parameters calls it
 
 
-def launch(arguments: list[str]) -> int:
-    """Asks, shows, confirms, runs. Returns the run's exit code; 0 after a no; 1 where the answers end early."""
-    from smoltrain.__main__ import train
-
+def launch(arguments: list[str], start: Callable[[list[str]], int]) -> int:
+    """Asks, shows, confirms, starts. Returns the run's exit code; 0 after a no; 1 where the answers end early."""
     launcher = Launcher(flags(arguments))
     try:
         launcher.converse()
@@ -36,7 +35,7 @@ def launch(arguments: list[str]) -> int:
     except (EOFError, KeyboardInterrupt):
         launcher.say("\nStopped before the last question was answered; nothing was started.")
         return 1
-    return train([*launcher.flags, *launcher.overrides])
+    return start([*launcher.flags, *launcher.overrides])
 
 
 def flags(arguments: list[str]) -> list[str]:
