@@ -3,13 +3,15 @@
 Imports nothing heavy: help, `--cfg job`, completion and config errors answer in half a second.
 """
 
+import contextlib
+import gc
 import math
 import os
 import signal
 import sys
 from pathlib import Path
 
-from smoltrain.config import COMPOSING, CONF, ConfigError, defaults, explain, options, register, stamp, suggest
+from smoltrain.config import COMPOSING, CONF, ConfigError, compose, defaults, explain, options, register, stamp, suggest
 from smoltrain.runs import Diverged, discard
 
 USAGE = """\
@@ -40,6 +42,9 @@ if not sys.stderr.isatty():
 # Hydra's flags that are followed by a value.
 VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
 
+# Flags with which nothing is run, or something else than the config of that name.
+LOOKING = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version"}
+LOOKING |= {"--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"}
 VERBS = ("train", "launch", "dashboard")
 
 
@@ -62,7 +67,10 @@ def main(argv: list[str] | None = None) -> int:
         if verb == "dashboard":
             from smoltrain.tracking import dashboard
 
-            dashboard()
+            if rest:
+                raise ConfigError(f"smoltrain dashboard takes no arguments, not {' '.join(rest)}")
+            with contextlib.suppress(KeyboardInterrupt):
+                dashboard()
             return 0
         if {"-h", "--help"} & set(arguments):
             return print_help(arguments)
@@ -91,6 +99,8 @@ def train(arguments: list[str]) -> int:
         from smoltrain.train import main
 
         exits.append(1)  # any other exception ends the process, after the rest of the sweep
+        directory = Path(HydraConfig.get().runtime.output_dir)
+        untouched = not (directory / "run.json").exists()
         try:
             objective = main(cfg)
         except (ConfigError, Diverged) as error:
@@ -98,24 +108,31 @@ def train(arguments: list[str]) -> int:
             exits[-1] = 3
             if isinstance(error, ConfigError):
                 exits[-1] = 2
-                discard(Path(HydraConfig.get().runtime.output_dir))
+                if untouched:
+                    discard(directory)
             return math.inf
+        finally:
+            gc.collect()  # a sweep's next run finds the memory free
         exits[-1] = 0
         return objective
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     flags, overrides = split(arguments)
     try:
+        if not any(flag.split("=")[0] in LOOKING for flag in flags):
+            check_every_run(overrides, flags)
         if {"-m", "--multirun"} & set(flags):
             overrides += label_by_what_varies(overrides)
         sys.argv = ["smoltrain", *flags, *overrides]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+    except ConfigError:
+        raise
     except COMPOSING as error:
-        if exits[-1:] == [1]:  # not composing, but from within the run
+        if 1 in exits:  # not composing, but from within a run
             raise
         raise ConfigError(explain(error)) from error
     except OSError as error:
-        if exits[-1:] == [1]:
+        if 1 in exits:
             raise
         raise ConfigError(f"cannot write the run's directory: {error}") from error
     return max(exits, default=0)
@@ -130,6 +147,19 @@ def split(arguments: list[str]) -> tuple[list[str], list[str]]:
         (flags if valued or argument.startswith("-") else overrides).append(argument)
         valued = argument in VALUED
     return flags, overrides
+
+
+def check_every_run(overrides: list[str], flags: list[str]) -> None:
+    """Composes and checks the run, or every combination of a grid, before anything starts or is written anywhere."""
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    if any(override.startswith("hydra/sweeper") for override in overrides):
+        return  # another sweeper chooses its values on the way
+    grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
+    for batch in grid if {"-m", "--multirun"} & set(flags) else [[overrides]]:
+        for run in batch:
+            compose([o for o in run if not o.startswith("hydra.")], [*flags, *overrides])
 
 
 def label_by_what_varies(overrides: list[str]) -> list[str]:

@@ -4,7 +4,9 @@ Nothing here imports torch, transformers or trl, so that an error in a config co
 """
 
 import ast
+import dataclasses
 import difflib
+import errno
 import importlib.util
 import os
 import re
@@ -104,6 +106,8 @@ def folders(arguments: list[str]) -> list[Path]:
     for argument, following in pairwise([*arguments, ""]):
         flag, _, value = argument.partition("=")
         if flag in ("--config-dir", "-cd"):
+            if not Path(value or following).is_dir():
+                raise ConfigError(f"--config-dir {value or following}: there is no such folder")
             given.append(value or following)
         elif flag == "hydra.searchpath":
             given += [entry.strip().removeprefix("file://") for entry in value.strip("[]").split(",")]
@@ -166,20 +170,55 @@ def plain(cfg: Any, resolve: bool = False) -> dict[str, Any]:
 
 def validate(cfg: DictConfig) -> None:
     """Raises one ConfigError for values left open, `${…}` that lead nowhere and unknown fields of `trainer.args`."""
+    shape = misshapen(cfg)
+    if shape:
+        raise ConfigError("\n".join(shape))
     missing = unset(plain(cfg))
     problems = [f"{key} has no value: set {key}=…" for key in missing] + dangling(cfg)
-    if OmegaConf.is_missing(cfg, "trainer") or "_target_" not in cfg.trainer:
-        problems.append("trainer has no _target_: choose one with trainer=…")
-    elif not missing:
+    if not missing:
         target = cfg.trainer.args._target_
         known = fields(target)
-        for key in cfg.trainer.args:
-            if not str(key).startswith("_") and known and key not in known:
-                problems.append(f"trainer.args.{key} is not a field of {target}{suggest(str(key), known)}")
+        for key, value in plain(cfg.trainer.args).items():
+            if key.startswith("_") or not known:
+                continue
+            if key not in known:
+                problems.append(f"trainer.args.{key} is not a field of {target}{suggest(key, known)}")
+            elif not fits(value, known[key]):
+                problems.append(f"trainer.args.{key}={value}: {target} takes {known[key]}")
         if plain(cfg.trainer.args).get("hub_token") is not None:
             problems.append("trainer.args.hub_token: a token is taken only from the environment, set HF_TOKEN")
     if problems:
         raise ConfigError("\n".join(problems), missing)
+
+
+def misshapen(cfg: DictConfig) -> list[str]:
+    """What stands where it cannot: keys that a run does not have, and nothing where a component is described."""
+    known = [f.name for f in dataclasses.fields(Config)]
+    problems = [f"{key} is not a key of a run{suggest(key, known)}" for key in plain(cfg) if key not in known]
+    for key in ("data", "trainer", "trainer.args", "model"):
+        if not OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) or "_target_" not in node:
+            problems.append(f"{key} has no _target_: nothing says what to build; choose one with {key.split('.')[0]}=…")
+    if not OmegaConf.is_dict(cfg.callbacks):
+        problems.append("callbacks: name the one to remove, e.g. callbacks.progress=null")
+    if "/" in cfg.name or cfg.name in ("", ".", ".."):
+        problems.append(f"name={cfg.name}: it becomes one folder of multirun, without a slash")
+    if cfg.evaluation.max_rows < 0 or cfg.evaluation.max_new_tokens < 1:
+        problems.append("evaluation: max_rows is 0 or more, max_new_tokens at least 1")
+    return problems
+
+
+# How an annotation in TRL's source allows a plain value; whatever else is annotated is left to the class itself.
+PLAIN: dict[str, Any] = {"float": (int, float), "int": int, "bool": bool, "str": str, "None": type(None)}
+
+
+def fits(value: Any, annotation: str) -> bool:
+    """Whether a value may stand in a field with this annotation, as far as plain types tell."""
+    names = [name.strip() for name in annotation.split("|")]
+    if not set(names) <= PLAIN.keys() or (isinstance(value, str) and "${" in value):
+        return True
+    if isinstance(value, bool) and "bool" not in names:
+        return False
+    return any(isinstance(value, PLAIN[name]) for name in names)
 
 
 def dangling(cfg: DictConfig) -> list[str]:
@@ -209,25 +248,27 @@ def leaves(node: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 @cache
-def fields(target: str) -> frozenset[str]:
-    """The fields of a TRL config class, read from its source without importing it; empty where it is not found.
+def fields(target: str) -> dict[str, str]:
+    """The fields of a TRL config class and their annotations, read from its source; empty where it is not found.
 
     A class outside trl and transformers (a user's own) is left to its constructor, which refuses what it lacks.
     """
-    names: set[str] = set()
+    found: dict[str, str] = {}
     package, name = target.split(".")[0], target.split(".")[-1]
     if package not in ("trl", "transformers"):
-        return frozenset()
+        return {}
     for source in sources():
         text = source.read_text()
         if re.search(rf"^class {name}\b", text, re.MULTILINE):
             node = next(n for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == name)
-            names |= {f.target.id for f in node.body if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name)}
             for base in node.bases:
                 if isinstance(base, ast.Name):
-                    names |= fields(f"trl.{base.id}")
-            return frozenset(names)
-    return frozenset()
+                    found |= fields(f"trl.{base.id}")
+            for f in node.body:
+                if isinstance(f, ast.AnnAssign) and isinstance(f.target, ast.Name):
+                    found[f.target.id] = ast.unparse(f.annotation)
+            return found
+    return {}
 
 
 def sources() -> Iterator[Path]:
@@ -250,7 +291,8 @@ def suggest(word: str, choices: Iterable[str], prefix: str = "") -> str:
     return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
-COMPOSING = (HydraException, OmegaConfBaseException, YAMLError)
+# Hydra refuses `peft=null` with a plain ValueError.
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
 def explain(error: Exception) -> str:
@@ -280,6 +322,11 @@ def explain(error: Exception) -> str:
 REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
+def exhausted(error: BaseException) -> bool:
+    """Whether the machine ran out of memory or disk: then the run has failed, and nothing was wrong with its config."""
+    return type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) == errno.ENOSPC
+
+
 @contextmanager
 def refusing(key: str) -> Iterator[None]:
     """Turns what a component refuses while it is built from `key` into a ConfigError that names the key."""
@@ -291,8 +338,10 @@ def refusing(key: str) -> Iterator[None]:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        if cause is not None and not isinstance(cause, REFUSALS):
+        if cause is not None and (not isinstance(cause, REFUSALS) or exhausted(cause)):
             raise
         raise ConfigError(f"{key}: {cause or str(error).splitlines()[0]}") from error
     except REFUSALS as error:
+        if exhausted(error):
+            raise
         raise ConfigError(f"{key}: {error}") from error

@@ -19,15 +19,16 @@ def evaluate(trainer, rows: "Dataset", max_rows: int, max_new_tokens: int) -> tu
     metrics = {k: v for k, v in trainer.evaluate().items() if not k.endswith(NOT_QUALITY)}
     if "answer" not in rows.column_names or max_rows == 0:
         return metrics, []
+    size = trainer.args.per_device_eval_batch_size
     rows = rows.select(range(min(max_rows, len(rows))))
-    said = replies(trainer.model, trainer.processing_class, [question(row) for row in rows], max_new_tokens)
+    said = replies(trainer.model, trainer.processing_class, [question(row) for row in rows], max_new_tokens, size)
     right = sum(reply == answer for reply, answer in zip(said, rows["answer"], strict=True))
     metrics["exact_match"] = right / len(rows)
     trainer.log({"eval_exact_match": metrics["exact_match"]})
     return metrics, said
 
 
-def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, batch_size: int = 100) -> list[str]:
+def replies(model, tokenizer, conversations: list[list[dict]], max_new_tokens: int, batch_size: int) -> list[str]:
     """The model's greedy reply to each conversation, decoded up to its end of turn, without surrounding space."""
     import torch
 

@@ -9,7 +9,6 @@ import re
 import shlex
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -47,8 +46,6 @@ def flags(arguments: list[str]) -> list[str]:
     folder = parser.parse_args(arguments).config_dir
     if folder is None:
         return []
-    if not Path(folder).is_dir():
-        raise ConfigError(f"--config-dir {folder}: there is no such folder")
     return ["--config-dir", folder]
 
 
@@ -107,9 +104,7 @@ class Launcher:
     def choose_name(self) -> None:
         self.heading("Step 6: Name")
         while answer := self.ask(f"Name of the run, its folder in multirun (Enter: {self.config.name})"):
-            if "/" in answer or answer in (".", ".."):
-                self.say("The name becomes one folder: it cannot be a dot or two, or have a slash.")
-            elif self.accept("name", as_override(answer, text=True)):
+            if self.accept("name", as_override(answer, text=True)):
                 return
 
     def change_parameters(self) -> None:

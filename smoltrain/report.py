@@ -28,7 +28,7 @@ def facts(trainer: Any, data: Any) -> dict[str, Any]:
     tokenizer = trainer.processing_class
     weights = list(trainer.model.parameters())
     return {
-        "device": str(trainer.args.device),
+        "device": device_name(trainer.args.device),
         "rows": {
             split: counts(data[split], prepared, trainer.args.max_length)
             for split, prepared in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
@@ -42,6 +42,13 @@ def facts(trainer: Any, data: Any) -> dict[str, Any]:
             "chat_template": digest(tokenizer.chat_template),
         },
     }
+
+
+def device_name(device: Any) -> str:
+    """`cpu`, or an accelerator with its maker's name, as `cuda:0 NVIDIA H100 80GB HBM3`."""
+    import torch
+
+    return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
 def samples(rows: Any, before: list[str], after: list[str]) -> list[dict[str, str]]:
@@ -61,7 +68,7 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
     parts = [f"{group} {choices[group]}" for group in ("model", "data", "hardware", "peft") if choices.get(group)]
     rate = record["config"]["trainer"]["args"]["learning_rate"]
     console.print(f"[bold]{choices['trainer']}[/]  {', '.join(parts)}")
-    console.print(f"{record['trainer']}, learning rate {rate:g}, seed {record['seed']}")
+    console.print(f"{record['trainer']}, learning rate {rate}, seed {record['seed']}")
     if record["parent"]:
         console.print(f"from {record['parent']['directory']}")
     console.print(f"run  {run.directory}")
@@ -73,7 +80,7 @@ def lost_rows(run: runs.Run, console: Console | None = None) -> None:
     console = console or Console(highlight=False, soft_wrap=True)
     for split, rows in run.record["rows"].items():
         if rows["cut"]:
-            console.print(f"[yellow]{split}: {rows['cut']} of {rows['given']} rows reach {limit} and are cut[/]")
+            console.print(f"[yellow]{split}: {rows['cut']} of {rows['given']} rows reach {limit} and may be cut[/]")
         if rows["dropped"]:
             console.print(
                 f"[yellow]{split}: {rows['dropped']} of {rows['given']} rows are dropped, all prompt at {limit}[/]"
@@ -123,7 +130,7 @@ def write(directory: Path) -> None:
         f"| trainer type | {record['choices']['trainer']} ({record['trainer']}) |",
         f"| model | {record['choices']['model']} ({record['model']}) |",
         f"| data | {record['choices']['data']} ({record['config']['data']['_target_']}) |",
-        f"| learning rate | {args['learning_rate']:g} |",
+        f"| learning rate | {args['learning_rate']} |",
         f"| steps | {record['steps']} |",
         f"| duration | {record['seconds']} s |",
         f"| seed | {record['seed']} |",

@@ -21,7 +21,9 @@ from omegaconf import DictConfig
 from smoltrain.config import ConfigError, plain
 
 ROOT = Path("multirun")
-VERSIONS = ("smoltrain", "torch", "transformers", "trl", "datasets", "accelerate", "peft", "hydra-core", "omegaconf")
+VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
+VERSIONS += ["hydra-core", "omegaconf"]
+WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "smoltrain.log")
 # What may differ between two runs of the same experiment: where it is kept and who watches.
 NOT_IDENTITY = ("name", "trainer.args.output_dir", "trainer.args.report_to", "callbacks.tracking", "callbacks.progress")
 
@@ -43,6 +45,7 @@ class Run:
         cfg: DictConfig,
         choices: dict[str, str],
         overrides: list[str],
+        parent: dict[str, str] | None,
         on_end: Callable[[Path], None],
     ) -> None:
         self.directory = Path(directory)
@@ -55,11 +58,11 @@ class Run:
             "name": cfg.name,
             "trainer": cfg.trainer._target_,
             "model": cfg.model.name_or_path,
-            "config_hash": config_hash(config),
+            "config_hash": config_hash(config, parent),
             "choices": choices,
             "overrides": overrides,
             "seed": cfg.seed,
-            "parent": None,
+            "parent": parent,
             "start": now(),
             "end": None,
             "seconds": None,
@@ -85,9 +88,9 @@ class Run:
             seconds=round(time.monotonic() - self.began, 1),
             error=None if error is None else "".join(traceback.format_exception_only(error)).strip(),
         )
+        self.on_end(self.directory)
         for watcher in self.watchers:
             watcher.on_run_end(self)
-        self.on_end(self.directory)
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the record and writes it, whole or not at all."""
@@ -107,11 +110,14 @@ class Run:
 
 
 def discard(directory: Path) -> None:
-    """Removes the directory of a run that never ran, and parents that are empty without it."""
-    shutil.rmtree(directory)
-    for parent in (directory.parent, directory.parent.parent):
-        if parent.is_dir() and not any(parent.iterdir()):
-            parent.rmdir()
+    """Removes what a run that never ran has written, and then what is empty of its directory, up to multirun."""
+    for name in WRITTEN:
+        (directory / name).unlink(missing_ok=True)
+    shutil.rmtree(directory / ".hydra", ignore_errors=True)
+    for folder in (directory, *directory.parents):
+        if any(folder.iterdir()) or not (folder == directory or folder.is_relative_to(ROOT.absolute())):
+            break
+        folder.rmdir()
 
 
 def status_of(error: BaseException | None) -> str:
@@ -135,9 +141,14 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def config_hash(config: dict) -> str:
-    """Names the experiment: the same for the same resolved config, wherever it is kept and whoever watches."""
+def config_hash(config: dict, parent: dict[str, str] | None) -> str:
+    """Names the experiment: the same for the same resolved config, wherever it is kept and whoever watches.
+
+    A run that starts from another is named by that one's hash, not by the directory it happens to be in.
+    """
     kept = copy.deepcopy(config)
+    if parent is not None:
+        kept["model"]["from_run"] = parent["config_hash"]
     for key in NOT_IDENTITY:
         *parents, last = key.split(".")
         functools.reduce(dict.__getitem__, parents, kept).pop(last, None)

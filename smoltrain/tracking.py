@@ -3,9 +3,11 @@
 import contextlib
 import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import constants
 from transformers.integrations import rewrite_logs
 
 from smoltrain.callbacks import RunCallback
@@ -26,12 +28,24 @@ def open_trackio() -> Any:
     return trackio
 
 
+@contextlib.contextmanager
+def offline() -> Iterator[None]:
+    """Keeps Trackio from asking the Hub whose token there is in the environment; it takes no answer for one."""
+    before = constants.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 class Trackio(RunCallback):
     """Logs to Trackio by step; its stock callback logs without steps and replaces a run that was begun before it."""
 
     def __init__(self, project: str, group: str) -> None:
         self.trackio = open_trackio()
         self.project, self.group = project, group
+        self.run: Any = None
 
     def on_run_begin(self, run: Run) -> None:
         record, args = run.record, run.record["config"]["trainer"]["args"]
@@ -43,7 +57,7 @@ class Trackio(RunCallback):
             "config_hash": record["config_hash"],
             "directory": str(run.directory),
         }
-        with contextlib.redirect_stdout(io.StringIO()):  # its hints lack TRACKIO_DIR
+        with contextlib.redirect_stdout(io.StringIO()), offline():  # its hints lack TRACKIO_DIR
             self.run = self.trackio.init(
                 project=self.project,
                 name="/".join(run.directory.parts[-2:]),
@@ -59,6 +73,8 @@ class Trackio(RunCallback):
             self.run.log(rewrite_logs(kwargs["logs"]), step=state.global_step)
 
     def on_run_end(self, run: Run) -> None:
+        if self.run is None:
+            return
         final = {f"final/{name}": value for name, value in run.record["metrics"].items()}
         self.run.log({**final, "status": run.record["status"]}, step=run.record["steps"])
         with contextlib.redirect_stdout(io.StringIO()):

@@ -1,6 +1,8 @@
 """The entrypoint: one resolved config becomes one recorded run. The `_target_` in the config is the method."""
 
+import os
 import warnings
+from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -14,10 +16,14 @@ def main(cfg: DictConfig) -> float:
     """Hydra's task: checks the config, opens the run, trains in it, and returns the objective for sweepers."""
     validate(cfg)
     parent = pin_parent(cfg)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("WORLD_SIZE: several processes were started, and a run is one process")
     hydra = HydraConfig.get()
+    if (Path(hydra.runtime.output_dir) / "run.json").exists():
+        raise ConfigError(f"hydra.run.dir={hydra.runtime.output_dir}: there is a run already; choose another directory")
     choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
-    with runs.Run(hydra.runtime.output_dir, cfg, choices, list(hydra.overrides.task), report.write) as run:
-        run.note(parent=parent)
+    overrides = list(hydra.overrides.task)
+    with runs.Run(hydra.runtime.output_dir, cfg, choices, overrides, parent, report.write) as run:
         report.banner(run)
         train(cfg, run)
     report.summary(run)
@@ -44,8 +50,7 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
     from smoltrain.evaluate import evaluate
 
     set_seed(cfg.seed)
-    if cfg.threads is not None:
-        torch.set_num_threads(cfg.threads)
+    torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with refusing("model"):
         model, tokenizer = instantiate(cfg.model)
     with refusing("callbacks"):
@@ -57,6 +62,10 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
             train_dataset=data["train"],
             eval_dataset=data["test"],
             callbacks=callbacks,
+        )
+    if trainer.args.device.type == "cpu" and not trainer.args.use_cpu:
+        raise ConfigError(
+            "trainer.args.use_cpu=false, and this machine has no accelerator: choose hardware=cpu or auto"
         )
     trainer.remove_callback(PrinterCallback)  # Progress prints
     run.note(**report.facts(trainer, data))
@@ -82,7 +91,7 @@ def pin_parent(cfg: DictConfig) -> dict | None:
     """Replaces `model.from_run` by the directory it means today, and returns what the record keeps of that run."""
     if cfg.model.from_run is None:
         return None
-    directory = runs.find(cfg.model.from_run).resolve()
+    directory = runs.find(str(cfg.model.from_run)).resolve()
     parent = runs.read(directory)
     if parent["model"] != cfg.model.name_or_path:
         raise ConfigError(

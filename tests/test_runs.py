@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import pty
 import re
@@ -24,10 +25,9 @@ def test_the_record_says_what_ran(smoltrain):
         2,
         "trl.SFTTrainer",
     )
-    assert record["rows"] == {
-        "train": {"given": 32, "dropped": 0, "cut": 0},
-        "test": {"given": 8, "dropped": 0, "cut": 0},
-    }
+    for split, given in (("train", 32), ("test", 8)):
+        rows = record["rows"][split]
+        assert (rows["given"], rows["dropped"], rows["cut"]) == (given, 0, 0) and rows["tokens"] > given * 40
     assert record["parameters"] == record["trainable_parameters"] == 1_036_416
     assert record["objective"] == record["metrics"]["eval_loss"] < record["metrics"]["before/eval_loss"]
     assert {"exact_match", "before/exact_match"} <= record["metrics"].keys()
@@ -48,7 +48,7 @@ def test_the_same_command_gives_the_same_numbers(smoltrain):
 
 def test_the_hash_ignores_where_and_who_watches_and_nothing_else():
     def hashed(*overrides: str) -> str:
-        return config_hash(plain(compose(["trainer.args.output_dir=x", *overrides], []), resolve=True))
+        return config_hash(plain(compose(["trainer.args.output_dir=x", *overrides], []), resolve=True), None)
 
     same = [("name=other",), ("tracking=none",), ("trainer.args.output_dir=y",), ("callbacks.progress=null",)]
     assert {hashed(*overrides) for overrides in same} == {hashed()}
@@ -155,6 +155,17 @@ def test_an_interrupted_run_is_preempted(folder, sign):
         (("trainer.args.optim=adamw_nonsense",), "adamw_nonsense"),
         (("model.chat_template=none_such",), "model.chat_template=none_such: no such file; choose one of chatml"),
         (("seed=1", "seed"), "seed"),
+        (("hardware=mps",), "this machine has no accelerator"),
+        (("+foo=1", "trainer.args.beta=1"), "foo is not a key of a run"),
+        (("trainer.args.beta=1", "trainer.args.gama=1"), "trainer.args.gama is not a field of trl.SFTConfig"),
+        (("name=../out",), "it becomes one folder"),
+        (("callbacks=null",), "callbacks.progress=null"),
+        (("data=local", "data.path=none.jsonl"), "there is no row"),
+        (("evaluation.max_new_tokens=0",), "at least 1"),
+        (("trainer.args.learning_rate=abc",), "trainer.args.learning_rate=abc: trl.SFTConfig takes float"),
+        (("trainer.args.bf16=2.5",), "trainer.args.bf16=2.5: trl.SFTConfig takes bool | None"),
+        (("model.dtype=float99",), "model.dtype=float99: not a torch dtype"),
+        (("peft=null",), "Config group override"),
     ],
 )
 def test_bad_input_is_one_message_and_leaves_nothing(folder, capfd, arguments, message):
@@ -162,6 +173,7 @@ def test_bad_input_is_one_message_and_leaves_nothing(folder, capfd, arguments, m
     (folder / "own" / "experiment" / "bad.yaml").write_text("# @package _global_\n{seed: [")
     (folder / "broken.json").write_text('{"messages": [')
     (folder / "odd.txt").write_text("text")
+    (folder / "none.jsonl").write_text("")
     (folder / "file").write_text("a file, not a folder")
     (folder / "shapeless.jsonl").write_text('{"a": 1}\n{"a": 2}\n')
     (folder / "short.jsonl").write_text('{"prompt": "a", "completion": "b"}\n' * 3)
@@ -217,3 +229,76 @@ def test_the_record_is_written_whole_or_not_at_all(folder, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         runs.write_atomically(file, "new")
     assert file.read_text() == "old"
+
+
+def test_a_refused_run_leaves_what_is_not_its_own(smoltrain, folder, capsys):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "notes.txt").write_text("dear")
+    smoltrain("hydra.run.dir=mine", "objective=nothing", code=2)
+    assert [file.name for file in (folder / "mine").rglob("*")] == ["notes.txt"]
+    (record,) = smoltrain("hydra.run.dir=multirun/a/b")
+    smoltrain("hydra.run.dir=multirun/a/b", code=2)
+    assert "there is a run already" in capsys.readouterr().err
+    assert runs.read(record["directory"])["status"] == "completed" and (record["directory"] / "model").is_dir()
+
+
+def test_dpo_after_lora_has_the_merged_model_as_its_reference(smoltrain):
+    (lora,) = smoltrain("peft=lora", "trainer.args.learning_rate=0.01", "trainer.args.max_steps=8")
+    (dpo,) = smoltrain("trainer=dpo", "model.from_run=latest", "peft=lora", "trainer.args.learning_rate=0.01")
+    assert dpo["metrics"]["before/eval_loss"] == pytest.approx(math.log(2), abs=1e-3)
+    (after,) = smoltrain("trainer=dpo", "model.from_run=latest", "trainer.args.learning_rate=0")
+    for name in ("eval_mean_token_accuracy", "eval_logps/chosen"):  # the whole chain, not its last adapter alone
+        assert after["metrics"][f"before/{name}"] == pytest.approx(dpo["metrics"][name], rel=1e-3)
+    assert lora["directory"] != dpo["directory"]
+
+
+def test_two_equal_parents_make_the_same_experiment(smoltrain):
+    children = []
+    for name in ("a", "b"):
+        smoltrain(f"name={name}")
+        children += smoltrain("trainer=dpo", f"model.from_run={name}")
+    assert children[0]["config_hash"] == children[1]["config_hash"]
+    assert children[0]["parent"]["directory"] != children[1]["parent"]["directory"]
+
+
+def test_a_failed_run_of_a_sweep_is_exit_1_and_the_others_go_on(smoltrain, folder, monkeypatch):
+    import trl
+
+    step = trl.SFTTrainer.training_step
+
+    def fail_once(self, *args, **kwargs):
+        if self.args.seed == 1:
+            raise OSError("a disk that went away")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(trl.SFTTrainer, "training_step", fail_once)
+    with pytest.raises(OSError, match="went away"):
+        smoltrain("-m", "seed=1,2")
+    statuses = {json.loads(file.read_text())["status"] for file in folder.glob("multirun/**/run.json")}
+    assert statuses == {"failed", "completed"}
+
+
+def test_a_sweep_is_checked_whole_before_it_starts_and_shows_no_secret(smoltrain, folder, capsys):
+    assert smoltrain("-m", "trainer=dpo,sft", "trainer.args.beta=0.3", code=2) == []
+    assert "trainer.args.beta is not a field of trl.SFTConfig" in capsys.readouterr().err
+    assert smoltrain("-m", "seed=1,2", "trainer.args.hub_token=hf_SECRET", code=2) == []
+    assert list(folder.iterdir()) == []
+
+
+def test_out_of_memory_while_loading_is_a_failure_not_a_config_error(smoltrain, folder, monkeypatch):
+    import torch
+
+    def fail(**kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("smoltrain.model.load", fail)
+    with pytest.raises(Exception, match="CUDA out of memory"):
+        smoltrain()
+    (file,) = folder.glob("multirun/*/*/run.json")
+    assert json.loads(file.read_text())["status"] == "failed"
+
+
+def test_several_processes_are_refused(smoltrain, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    smoltrain(code=2)
+    assert "WORLD_SIZE" in capsys.readouterr().err

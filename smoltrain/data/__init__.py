@@ -11,6 +11,9 @@ if TYPE_CHECKING:
 
 def require_columns(data: "DatasetDict", expects: list[list[str]], trainer: str) -> None:
     """Raises ConfigError unless the rows have every column of one of the sets that the trainer eats."""
+    for split, rows in data.items():
+        if len(rows) == 0:
+            raise ConfigError(f"data: there is no row to {split}")
     found = data["train"].column_names
     if not any(set(columns) <= set(found) for columns in expects):
         wanted = " or ".join(", ".join(columns) for columns in expects)
@@ -30,10 +33,11 @@ def fingerprint(rows: "Dataset") -> str:
     return digest.hexdigest()[:16]
 
 
-def counts(given: "Dataset", prepared: "Dataset", max_length: int | None) -> dict[str, int]:
-    """How many rows a trainer was given, how many it dropped, and how many of the rest reach `max_length` tokens.
+def counts(given: "Dataset", prepared: "Dataset", max_length: int | None) -> dict[str, int | None]:
+    """How many rows a trainer was given, how many it dropped, how many of the rest reach `max_length`, and tokens.
 
-    TRL cuts longer rows, and drops those of which nothing is left to train on, without a word.
+    TRL cuts longer rows, and drops those of which nothing is left to train on, without a word. Packed by
+    `wrapped`, rows cannot be told apart any more: dropped and cut are then None.
     """
     import pyarrow.compute as pc
 
@@ -45,8 +49,11 @@ def counts(given: "Dataset", prepared: "Dataset", max_length: int | None) -> dic
         prompt = ids.pop("prompt_ids", None)
         longest = pc.max_element_wise(*ids.values())
         lengths = longest if prompt is None else pc.add(prompt, longest)
+    tokens = pc.sum(lengths).as_py() or 0
+    if "seq_lengths" not in table.column_names and not set(given.column_names) & set(prepared.column_names):
+        return {"given": len(given), "dropped": None, "cut": None, "tokens": tokens}
     cut = 0 if max_length is None else pc.sum(pc.greater_equal(lengths, max_length)).as_py() or 0
-    return {"given": len(given), "dropped": len(given) - len(lengths), "cut": cut}
+    return {"given": len(given), "dropped": len(given) - len(lengths), "cut": cut, "tokens": tokens}
 
 
 def question(row: dict) -> list[dict]:

@@ -11,11 +11,11 @@ ROLES = {"human": "user", "gpt": "assistant", "system": "system", "user": "user"
 
 
 def messages(row: dict) -> dict:
-    return {"messages": [message(m) for m in row["messages"]]}
+    return {"messages": turns("user", list(row["messages"]))}
 
 
 def sharegpt(row: dict) -> dict:
-    return {"messages": [message(m) for m in row["conversations"]]}
+    return {"messages": turns("user", list(row["conversations"]))}
 
 
 def prompt_completion(row: dict) -> dict:
@@ -28,13 +28,16 @@ def question_answer(row: dict) -> dict:
 
 def alpaca(row: dict) -> dict:
     prompt = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
-    return prompt_completion({"prompt": prompt, "completion": row["output"]})
+    said = prompt_completion({"prompt": prompt, "completion": row["output"]})["messages"]
+    return {"messages": turns("system", row["system"]) + said if row.get("system") else said}
 
 
 def preference(row: dict) -> dict:
     chosen, rejected = turns("assistant", row["chosen"]), turns("assistant", row["rejected"])
     if len(chosen) > 1:  # whole conversations: what both begin with is the prompt
         shared = next((i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), len(chosen) - 1)
+        if not rejected[shared:]:
+            raise ConfigError("nothing is rejected: the rejected conversation is the beginning of the chosen one")
         return {"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}
     return {"prompt": turns("user", row["prompt"]), "chosen": chosen, "rejected": rejected}
 
@@ -47,6 +50,7 @@ def sharegpt_preference(row: dict) -> dict:
 SHAPES = {
     ("conversations", "chosen", "rejected"): sharegpt_preference,
     ("prompt", "chosen", "rejected"): preference,
+    ("chosen", "rejected"): preference,
     ("messages",): messages,
     ("conversations",): sharegpt,
     ("prompt", "completion"): prompt_completion,
@@ -60,7 +64,9 @@ def message(m: dict) -> dict:
     role, content = (m["role"], m["content"]) if "role" in m else (m["from"], m["value"])
     if role not in ROLES:
         raise ConfigError(f"a message has the role {role!r}; known are {', '.join(ROLES)}")
-    if not isinstance(content, str):
+    if m.get("tool_calls"):
+        raise ConfigError(f"a message of {role!r} calls tools, which cannot be learned from yet")
+    if not isinstance(content, str) or not content.strip():
         raise ConfigError(f"a message of {role!r} has no text but {content!r}")
     return {"role": ROLES[role], "content": content}
 
@@ -68,6 +74,8 @@ def message(m: dict) -> dict:
 def turns(role: str, text: str | dict | list) -> list[dict]:
     """One or more messages, from a string said by `role`, a message, or a list of messages."""
     if isinstance(text, list):
+        if not text:
+            raise ConfigError("a conversation without messages")
         return [message(m) for m in text]
     return [message(text if isinstance(text, dict) else {"role": role, "content": text})]
 

@@ -22,6 +22,8 @@ def local(path: str, columns: dict[str, str] | None, test_rows: int, max_rows: i
         raise ConfigError(
             f"data.path={path}: cannot read {file.suffix or 'a file without ending'}; {', '.join(READERS)}"
         )
+    if file.stat().st_size == 0:
+        raise ConfigError(f"data.path={path}: there is no row in it")
     reader = READERS[file.suffix]
     try:
         rows = load_dataset(reader, data_files=str(file), split="train", **(as_text(file) if reader == "csv" else {}))
@@ -55,7 +57,9 @@ def hub(
     def read(split: str, rows: int | None) -> Dataset:
         dataset = load_dataset(path, name, revision=revision, split=split)
         if drop_where:
-            dataset = dataset.filter(lambda bad: not bad, input_columns=drop_where, desc=f"Dropping {drop_where}")
+            kept = dataset.filter(lambda bad: not bad, input_columns=drop_where, desc=f"Dropping {drop_where}")
+            print(f"{split}: {len(dataset) - len(kept)} of {len(dataset)} rows have {drop_where} and are left out")
+            dataset = kept
         return canonical(first(dataset, rows), columns)
 
     if test_split:

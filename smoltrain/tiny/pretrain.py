@@ -16,10 +16,11 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, SmolLM3Config, SmolLM3ForCausalLM, set_seed
 
+from smoltrain.config import CONF
 from smoltrain.data.sums import sides, stories
 
 HERE = Path(__file__).parent
-CHAT_TEMPLATE = HERE.parent.parent / "conf" / "chat_template" / "chatml.jinja"
+CHAT_TEMPLATE = CONF / "chat_template" / "chatml.jinja"
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 VOCABULARY = 512
 LENGTH, BATCH, STEPS, LEARNING_RATE = 96, 32, 4000, 2e-3
