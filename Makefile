@@ -1,4 +1,5 @@
-# smoltrain's tasks; `make` alone lists them. PYTHON, VENV and TORCH can be set: make setup TORCH=torch==2.13.0
+# smoltrain's tasks; `make` alone lists them. PYTHON and VENV can be set, and TORCH: further arguments of pip install,
+# such as --index-url with the index of a CPU or CUDA build.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

@@ -208,7 +208,7 @@ def misshapen(cfg: DictConfig) -> list[str]:
 
 
 # How an annotation in TRL's source allows a plain value; whatever else is annotated is left to the class itself.
-PLAIN: dict[str, Any] = {"float": (int, float), "int": int, "bool": bool, "str": str, "None": type(None)}
+PLAIN: dict[str, Any] = {"float": (int, float), "int": int, "bool": bool, "None": type(None)}
 
 
 def fits(value: Any, annotation: str) -> bool:
