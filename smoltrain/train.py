@@ -55,6 +55,8 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
         model, tokenizer = instantiate(cfg.model)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
+    # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     with refusing("trainer"):
         trainer = instantiate(cfg.trainer)(
             model=model,
