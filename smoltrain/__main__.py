@@ -36,7 +36,8 @@ Completion for bash: eval "$(smoltrain -sc install=bash)"      All of Hydra's fl
 """
 
 # No telemetry; libraries' own bars only where someone looks, for what takes over a second, and gone when done.
-MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DELAY": "1", "TQDM_LEAVE": ""}
+# What datasets logs as an error it raises too, and an error is said once.
+MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DELAY": "1", "TQDM_LEAVE": "", "DATASETS_VERBOSITY": "critical"}
 if not sys.stderr.isatty():
     MANNERS["TQDM_DISABLE"] = "1"
 # Hydra's flags that are followed by a value.

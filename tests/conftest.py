@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ["DATASETS_VERBOSITY"] = "critical"  # as the command sets it, before any test imports datasets
 
 import pytest
 
