@@ -185,10 +185,34 @@ def validate(cfg: DictConfig) -> None:
                 problems.append(f"trainer.args.{key} is not a field of {target}{suggest(key, known)}")
             elif not fits(value, known[key]):
                 problems.append(f"trainer.args.{key}={value}: {target} takes {known[key]}")
-        if plain(cfg.trainer.args).get("hub_token") is not None:
-            problems.append("trainer.args.hub_token: a token is taken only from the environment, set HF_TOKEN")
+        problems += reserved(plain(cfg.trainer.args))
     if problems:
         raise ConfigError("\n".join(problems), missing)
+
+
+# Fields of trainer.args that are not a user's to set: the values that leave them alone, and what to do instead.
+OUTPUT_DIR = "${hydra:runtime.output_dir}"
+RESERVED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "output_dir": ((OUTPUT_DIR,), "everything of a run is in one directory, choose it with hydra.run.dir="),
+    "resume_from_checkpoint": (
+        (None, False),
+        "a run cannot be resumed yet; start it again, or start another from a completed one with model.from_run=",
+    ),
+    "push_to_hub": (
+        (None, False),
+        "a run pushes nothing; when it has completed: hf upload <you>/<name> <the run's directory>/model",
+    ),
+    "hub_token": ((None,), "a token is taken only from the environment, set HF_TOKEN"),
+}
+
+
+def reserved(args: dict[str, Any]) -> list[str]:
+    """What is wrong with each reserved field that was set; its value is not shown, one is a secret."""
+    return [
+        f"trainer.args.{key}: {mend}"
+        for key, (left_alone, mend) in RESERVED.items()
+        if key in args and args[key] not in left_alone
+    ]
 
 
 def misshapen(cfg: DictConfig) -> list[str]:
@@ -202,6 +226,8 @@ def misshapen(cfg: DictConfig) -> list[str]:
         problems.append("callbacks: name the one to remove, e.g. callbacks.progress=null")
     if "/" in cfg.name or cfg.name in ("", ".", ".."):
         problems.append(f"name={cfg.name}: it becomes one folder of multirun, without a slash")
+    if cfg.name == "trackio":
+        problems.append("name=trackio: the dashboard's data is in multirun/trackio; choose another name")
     if cfg.evaluation.max_rows < 0 or cfg.evaluation.max_new_tokens < 1:
         problems.append("evaluation: max_rows is 0 or more, max_new_tokens at least 1")
     return problems

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
@@ -10,7 +11,7 @@ os.environ["DATASETS_VERBOSITY"] = "critical"  # as the command sets it, before 
 import pytest
 
 from smoltrain.__main__ import main
-from smoltrain.config import register
+from smoltrain.config import compose, register
 
 register()
 
@@ -25,6 +26,13 @@ QUICK = (
     "trainer.args.save_strategy=no",
 )
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+def resolvable(overrides: Sequence[str], arguments: Sequence[str] = ()):
+    """The config of a command line, with the directory in it that only a run in a Hydra app knows."""
+    cfg = compose(list(overrides), list(arguments))
+    cfg.trainer.args.output_dir = "run"
+    return cfg
 
 
 @pytest.fixture(autouse=True)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import resolvable
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -36,7 +37,7 @@ def live(folder):
     """The live trainer that a command line stands for, on a few rows of the embedded data."""
 
     def build(*overrides: str):
-        cfg = compose([f"trainer.args.output_dir={folder}", *overrides], [])
+        cfg = resolvable(overrides)
         data = instantiate(cfg.data)
         model, tokenizer = instantiate(cfg.model)
         return instantiate(cfg.trainer)(
@@ -71,7 +72,7 @@ def test_dpo_is_chosen_and_its_values_arrive(live):
 def test_every_configured_value_is_found_again(live, trainer):
     overrides = [f"trainer={trainer}", "trainer.args.weight_decay=0.01", "trainer.args.max_grad_norm=0.5"]
     args = live(*FEW, *overrides).args
-    configured = compose(["trainer.args.output_dir=x", *overrides], []).trainer.args
+    configured = resolvable(overrides).trainer.args
     for key, value in OmegaConf.to_container(configured, resolve=True).items():
         if key not in ("_target_", "output_dir"):
             found = getattr(args, key)

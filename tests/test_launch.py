@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import resolvable
 from omegaconf import OmegaConf
 
 from smoltrain.config import compose, options
@@ -56,8 +57,7 @@ def printed_overrides(output: str) -> list[str]:
 
 
 def resolved(overrides: list[str], *flags: str):
-    cfg = compose([*overrides, "trainer.args.output_dir=here"], list(flags))
-    return OmegaConf.to_container(cfg, resolve=True)
+    return OmegaConf.to_container(resolvable(overrides, flags), resolve=True)
 
 
 @pytest.mark.parametrize(("number", "same", "no"), [("1", [], "N"), ("2", ["trainer=dpo"], "")])

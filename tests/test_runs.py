@@ -11,9 +11,10 @@ import subprocess
 import sys
 
 import pytest
+from conftest import resolvable
 
 from smoltrain import runs
-from smoltrain.config import ConfigError, compose, plain, stamp
+from smoltrain.config import ConfigError, plain, stamp
 from smoltrain.runs import config_hash, find, read_metrics
 
 
@@ -47,11 +48,13 @@ def test_the_same_command_gives_the_same_numbers(smoltrain):
 
 
 def test_the_hash_ignores_where_and_who_watches_and_nothing_else():
-    def hashed(*overrides: str) -> str:
-        return config_hash(plain(compose(["trainer.args.output_dir=x", *overrides], []), resolve=True), None)
+    def hashed(*overrides: str, output_dir: str = "x") -> str:
+        cfg = resolvable(overrides)
+        cfg.trainer.args.output_dir = output_dir
+        return config_hash(plain(cfg, resolve=True), None)
 
-    same = [("name=other",), ("tracking=none",), ("trainer.args.output_dir=y",), ("callbacks.progress=null",)]
-    assert {hashed(*overrides) for overrides in same} == {hashed()}
+    same = [("name=other",), ("tracking=none",), ("callbacks.progress=null",)]
+    assert {hashed(*overrides) for overrides in same} == {hashed()} == {hashed(output_dir="y")}
     different = [("seed=1",), ("trainer=dpo",), ("trainer.args.max_length=9",), ("data.train_rows=9",), ("peft=lora",)]
     assert len({hashed(*overrides) for overrides in different} | {hashed()}) == len(different) + 1
 
@@ -151,6 +154,10 @@ def test_an_interrupted_run_is_preempted(folder, sign):
         (("model=nothing",), "Choose one of: "),
         (("hydra.run.dir=file/run",), "cannot write the run's directory"),
         (("trainer.args.hub_token=abc",), "only from the environment"),
+        (("trainer.args.output_dir=here",), "trainer.args.output_dir: everything of a run is in one directory"),
+        (("trainer.args.resume_from_checkpoint=here",), "a run cannot be resumed yet"),
+        (("trainer.args.push_to_hub=true",), "trainer.args.push_to_hub: a run pushes nothing"),
+        (("name=trackio",), "name=trackio: the dashboard's data"),
         (("objective=eval_accuracy",), "objective=eval_accuracy: not measured here"),
         (("trainer.args.optim=adamw_nonsense",), "adamw_nonsense"),
         (("model.chat_template=none_such",), "model.chat_template=none_such: no such file; choose one of chatml"),

@@ -7,6 +7,7 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
+from conftest import resolvable
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
@@ -17,7 +18,6 @@ from smoltrain.model import locate, read_chat_template
 FILES = sorted(CONF.glob("*/*.yaml"))
 CHOICES = [f"{file.parent.name}={file.stem}" for file in FILES if file.stem != BASE]
 ARCHITECTURES = json.loads((Path(__file__).parent / "fixtures" / "architectures.json").read_text())
-OUTPUT = "trainer.args.output_dir=run"  # a run's own directory is known only inside a Hydra app
 
 
 def options(*groups: str) -> list[str]:
@@ -32,7 +32,7 @@ def source(choice: str) -> DictConfig:
 def compose(*overrides: str) -> DictConfig:
     """The checked config, with a value for whatever the chosen files leave to the user (a path)."""
     blanks = [f"{c.split('=')[0]}.{key}=given" for c in overrides if c in CHOICES for key in open_keys(source(c))]
-    return config.compose([OUTPUT, *overrides, *blanks], [])
+    return resolvable([*overrides, *blanks])
 
 
 def open_keys(cfg: DictConfig) -> list[str]:
