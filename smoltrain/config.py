@@ -185,7 +185,7 @@ def validate(cfg: DictConfig) -> None:
                 problems.append(f"trainer.args.{key} is not a field of {target}{suggest(key, known)}")
             elif not fits(value, known[key]):
                 problems.append(f"trainer.args.{key}={value}: {target} takes {known[key]}")
-        problems += reserved(plain(cfg.trainer.args))
+        problems += reserved(plain(cfg.trainer.args)) + never_stopping(plain(cfg))
     if problems:
         raise ConfigError("\n".join(problems), missing)
 
@@ -215,6 +215,24 @@ def reserved(args: dict[str, Any]) -> list[str]:
     ]
 
 
+EARLY_STOPPING = "transformers.EarlyStoppingCallback"
+
+
+def never_stopping(cfg: dict[str, Any]) -> list[str]:
+    """What early stopping lacks, which transformers only asserts when training begins."""
+    args = cfg["trainer"]["args"]
+    stopping = [name for name, made in cfg["callbacks"].items() if made and made["_target_"] == EARLY_STOPPING]
+    needed = []
+    if args.get("eval_strategy", "no") in ("no", False):
+        needed.append("trainer.args.eval_strategy=steps trainer.args.eval_steps=…")
+    # load_best_model_at_end brings a metric of its own: the loss
+    if args.get("metric_for_best_model") is None and not args.get("load_best_model_at_end"):
+        needed.append("trainer.args.metric_for_best_model=eval_loss")
+    return [
+        f"callbacks.{name} stops by what is measured on the way: set {' '.join(needed)}" for name in stopping if needed
+    ]
+
+
 def misshapen(cfg: DictConfig) -> list[str]:
     """What stands where it cannot: keys that a run does not have, and nothing where a component is described."""
     known = [f.name for f in dataclasses.fields(Config)]
@@ -224,10 +242,20 @@ def misshapen(cfg: DictConfig) -> list[str]:
             problems.append(f"{key} has no _target_: nothing says what to build; choose one with {key.split('.')[0]}=…")
     if not OmegaConf.is_dict(cfg.callbacks):
         problems.append("callbacks: name the one to remove, e.g. callbacks.progress=null")
+    else:
+        problems += [
+            f"callbacks.{name}={made}: it needs a _target_ that says what to build, or is null"
+            for name, made in plain(cfg.callbacks).items()
+            if made is not None and not (isinstance(made, dict) and "_target_" in made)
+        ]
     if "/" in cfg.name or cfg.name in ("", ".", ".."):
         problems.append(f"name={cfg.name}: it becomes one folder of multirun, without a slash")
     if cfg.name == "trackio":
         problems.append("name=trackio: the dashboard's data is in multirun/trackio; choose another name")
+    if not 0 <= cfg.seed < 2**32:
+        problems.append(f"seed={cfg.seed}: 0 to {2**32 - 1}, as numpy takes it")
+    if cfg.threads is not None and cfg.threads < 1:
+        problems.append(f"threads={cfg.threads}: at least 1, or null for every core")
     if cfg.evaluation.max_rows < 0 or cfg.evaluation.max_new_tokens < 1:
         problems.append("evaluation: max_rows is 0 or more, max_new_tokens at least 1")
     return problems

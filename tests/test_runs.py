@@ -141,6 +141,9 @@ def test_an_interrupted_run_is_preempted(folder, sign):
     assert not (file.parent / "model").exists()
 
 
+EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -157,6 +160,11 @@ def test_an_interrupted_run_is_preempted(folder, sign):
         (("trainer.args.output_dir=here",), "trainer.args.output_dir: everything of a run is in one directory"),
         (("trainer.args.resume_from_checkpoint=here",), "a run cannot be resumed yet"),
         (("trainer.args.push_to_hub=true",), "trainer.args.push_to_hub: a run pushes nothing"),
+        (("seed=-1",), "seed=-1: 0 to 4294967295"),
+        (("threads=0",), "threads=0: at least 1, or null"),
+        ((EARLY,), "set trainer.args.eval_strategy=steps trainer.args.eval_steps=… trainer.args.metric_for_best_model"),
+        ((EARLY, "trainer.args.eval_strategy=epoch"), "set trainer.args.metric_for_best_model=eval_loss"),
+        ((EARLY, "trainer.args.load_best_model_at_end=true"), "set trainer.args.eval_strategy=steps"),
         (("name=trackio",), "name=trackio: the dashboard's data"),
         (("objective=eval_accuracy",), "objective=eval_accuracy: not measured here"),
         (("trainer.args.optim=adamw_nonsense",), "adamw_nonsense"),
@@ -166,6 +174,7 @@ def test_an_interrupted_run_is_preempted(folder, sign):
         (("+foo=1", "trainer.args.beta=1"), "foo is not a key of a run"),
         (("trainer.args.beta=1", "trainer.args.gama=1"), "trainer.args.gama is not a field of trl.SFTConfig"),
         (("name=../out",), "it becomes one folder"),
+        (("callbacks.progress=3",), "callbacks.progress=3: it needs a _target_"),
         (("callbacks=null",), "callbacks.progress=null"),
         (("data=local", "data.path=none.jsonl"), "there is no row"),
         (("evaluation.max_new_tokens=0",), "at least 1"),
