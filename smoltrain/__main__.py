@@ -5,13 +5,28 @@ Imports nothing heavy: help, `--cfg job`, completion and config errors answer in
 
 import contextlib
 import gc
+import io
 import math
 import os
+import re
 import signal
 import sys
+from importlib import metadata
 from pathlib import Path
 
-from smoltrain.config import COMPOSING, CONF, ConfigError, compose, defaults, explain, options, register, stamp, suggest
+from smoltrain.config import (
+    BASE,
+    COMPOSING,
+    CONF,
+    ConfigError,
+    compose,
+    defaults,
+    explain,
+    options,
+    register,
+    stamp,
+    suggest,
+)
 from smoltrain.runs import Diverged, discard
 
 USAGE = """\
@@ -44,7 +59,7 @@ if not sys.stderr.isatty():
 VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
 
 # Flags with which nothing is run, or something else than the config of that name.
-LOOKING = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help", "--version"}
+LOOKING = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
 LOOKING |= {"--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"}
 VERBS = ("train", "launch", "dashboard")
 
@@ -75,6 +90,11 @@ def main(argv: list[str] | None = None) -> int:
             return 0
         if {"-h", "--help"} & set(arguments):
             return print_help(arguments)
+        if "--version" in arguments:
+            print(f"smoltrain {metadata.version('smoltrain')}")
+            return 0
+        if {"-sc", "--shell-completion"} & set(arguments):
+            return complete(arguments)
         if verb.isidentifier() and verb not in VERBS:
             raise ConfigError(f"{verb}: there is no such verb{suggest(verb, VERBS)}. Verbs are {', '.join(VERBS)}")
         return train(rest if verb == "train" else arguments)
@@ -181,6 +201,14 @@ def print_help(arguments: list[str]) -> int:
             print(f"  {option:24}{text}")
     print("\n" + EXAMPLES, end="")
     return 0
+
+
+def complete(arguments: list[str]) -> int:
+    """Prints what Hydra has for the shell, less the parts of each group that are not options."""
+    with contextlib.redirect_stdout(io.StringIO()) as hydras:
+        code = train(arguments)
+    print(re.sub(rf"\S+={BASE}(\s|$)", "", hydras.getvalue()), end="")
+    return code
 
 
 if __name__ == "__main__":

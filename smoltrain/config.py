@@ -236,7 +236,7 @@ def never_stopping(cfg: dict[str, Any]) -> list[str]:
 def misshapen(cfg: DictConfig) -> list[str]:
     """What stands where it cannot: keys that a run does not have, and nothing where a component is described."""
     known = [f.name for f in dataclasses.fields(Config)]
-    problems = [f"{key} is not a key of a run{suggest(key, known)}" for key in plain(cfg) if key not in known]
+    problems = [f"{key} is not a key of a run{suggest_key(key, known, cfg)}" for key in plain(cfg) if key not in known]
     for key in ("data", "trainer", "trainer.args", "model"):
         if not OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) or "_target_" not in node:
             problems.append(f"{key} has no _target_: nothing says what to build; choose one with {key.split('.')[0]}=…")
@@ -340,9 +340,20 @@ def package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def suggest(word: str, choices: Iterable[str], prefix: str = "") -> str:
+def suggest(word: str, choices: Iterable[str]) -> str:
     close = difflib.get_close_matches(word, choices, n=1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def suggest_key(word: str, keys: Iterable[str], node: DictConfig, prefix: str = "") -> str:
+    """As `suggest`, of the keys of a node, those further down, and the fields that the classes named there take."""
+    found: dict[str, str] = {}
+    for key, value in leaves({key: value for key, value in plain(node).items() if key in keys}):
+        parents, _, last = key.rpartition(".")
+        found |= {name: f"{parents}.{name}" for name in (fields(str(value)) if last == "_target_" else [last])}
+    found |= {key: key for key in keys}
+    close = difflib.get_close_matches(word, found, n=1)
+    return f"; did you mean {prefix}{found[close[0]]}?" if close else ""
 
 
 # Hydra refuses `peft=null` with a plain ValueError.
@@ -356,17 +367,19 @@ def explain(error: Exception) -> str:
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         group, _, option = error.missing_cfg_file.rpartition("/")
         choices = sorted(o for o in error.options if o != BASE)
-        return (
-            f"{group}={option}: there is no such option{suggest(option, choices)}. Choose one of: {', '.join(choices)}"
-        )
+        close = suggest(option, choices) or "."
+        return f"{group}={option}: there is no such option{close} Choose one of: {', '.join(choices)}"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
     first = str(error).splitlines()[0]
+    if several := re.fullmatch(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'.*", first):
+        return f"{several[1]}: add -m to run each of them; a list is key=[a,b], a text with a comma key=\"'a,b'\""
     detail = str(cause).splitlines()[0] if str(cause) else ""
     if isinstance(cause, ConfigKeyError | ConfigAttributeError) and isinstance(cause.parent_node, DictConfig):
         parents, _, last = str(cause.full_key).rpartition(".")
-        keys = [str(key) for key in cause.parent_node]
+        prefix = f"{parents}." if parents else ""
+        keys = [str(key) for key in cause.parent_node if key != "hydra"]
         keys += [] if parents else [group for group in defaults() if group not in keys]
-        close = suggest(last, keys, prefix=f"{parents}." if parents else "")
+        close = suggest_key(last, keys, cause.parent_node, prefix)
         return f"{cause.full_key} is not a key of this config{close or '. Keys there: ' + ', '.join(keys)}"
     if isinstance(error, InterpolationResolutionError):
         return str(error)

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import venv
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "trackio", "pandas", "numpy")
 QUICK = [
     ["--help"],
+    ["--version"],
     ["--cfg", "job"],
     ["trainer=ppo"],
     ["trainer.args.lerning_rate=1"],
@@ -43,8 +45,16 @@ def test_bash_completion_offers_groups_options_and_keys(folder):
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
 
     assert {"trainer=", "model="} <= set(complete("smoltrain "))
-    assert {"trainer=sft", "trainer=dpo"} <= set(complete("smoltrain trainer="))
+    assert complete("smoltrain trainer=") == ["trainer=dpo", "trainer=sft"]
+    assert complete("smoltrain trainer=b") == []
     assert "trainer.args.learning_rate=" in complete("smoltrain trainer.args.lea")
+
+
+def test_the_version_is_ours(capsys):
+    from smoltrain.__main__ import main
+
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"smoltrain {metadata.version('smoltrain')}\n"
 
 
 def test_help_names_every_option_with_its_description(capsys):
