@@ -75,9 +75,12 @@ def stamp() -> str:
 
 
 def label(overrides: str) -> str:
-    """`trainer.args.beta=0.1,data.path=a/b` as a directory's name: `beta=0.1,path=a_b`, at most 120 letters."""
-    short = ",".join(re.sub(r"^[^=]*\.(?=[^.=]+=)", "", part) for part in overrides.split(",") if part)
-    return re.sub(r"[^\w=,.+-]", "_", short)[:120].rstrip(",")
+    """`trainer.args.beta=0.1,data.path=a/b` as a directory's name: `beta-0.1_path-a_b`, at most 120 letters.
+
+    It holds nothing that a shell or Hydra's grammar wants quoted, so that `model.from_run=` takes it as it is.
+    """
+    short = "_".join(re.sub(r"^[^=]*\.(?=[^.=]+=)", "", part) for part in overrides.split(",") if part)
+    return re.sub(r"[^\w.+-]", "_", short.replace("=", "-"), flags=re.ASCII)[:120].rstrip("_")
 
 
 @cache

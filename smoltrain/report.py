@@ -135,7 +135,7 @@ def write(directory: Path) -> None:
         f"| duration | {record['seconds']} s |",
         f"| seed | {record['seed']} |",
         f"| config hash | {record['config_hash']} |",
-        f"| command | `{shlex.join(['smoltrain', *record['overrides']])}` |",
+        f"| command | `{command(record)}` |",
         f"| started | {record['start']} |",
     ]
     if record["parent"]:
@@ -155,6 +155,13 @@ def write(directory: Path) -> None:
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in record["versions"].items())]
     lines += ["", "## Parameters", "", "```yaml", OmegaConf.to_yaml(record["config"]).rstrip(), "```", ""]
     (directory / "report.md").write_text("\n".join(lines))
+
+
+def command(record: dict[str, Any]) -> str:
+    """The command line that stands for a run; of a sweep's run, for that one alone."""
+    folders = record["config_dirs"]
+    own = ["--config-dir", *folders] if len(folders) == 1 else [f"hydra.searchpath=[{','.join(folders)}]"]
+    return shlex.join(["smoltrain", *(own if folders else []), *record["overrides"]])
 
 
 def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:

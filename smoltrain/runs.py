@@ -16,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from smoltrain.config import ConfigError, plain
@@ -60,6 +61,7 @@ class Run:
             "model": cfg.model.name_or_path,
             "config_hash": config_hash(config, parent),
             "choices": choices,
+            "config_dirs": own_folders(),
             "overrides": overrides,
             "seed": cfg.seed,
             "parent": parent,
@@ -153,6 +155,12 @@ def config_hash(config: dict, parent: dict[str, str] | None) -> str:
         *parents, last = key.split(".")
         functools.reduce(dict.__getitem__, parents, kept).pop(last, None)
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def own_folders() -> list[str]:
+    """The folders of YAML, beside ours, that the run in this process was composed from; absolute paths."""
+    sources = HydraConfig.get().runtime.config_sources
+    return [str(Path(s.path).absolute()) for s in sources if s.schema == "file" and s.provider != "main"]
 
 
 def git_state() -> dict[str, Any] | None:

@@ -1,6 +1,7 @@
 """The main promise: the trainer that was asked for, with the values that were asked for, wherever they stand."""
 
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -187,11 +188,9 @@ def test_a_sweep_makes_four_labelled_runs(smoltrain):
         (f"trl.{t}Trainer", seed) for t in ("SFT", "DPO") for seed in (1, 2)
     ]
     names = [r["directory"].name for r in records]
+    assert names == ["0_seed-1_trainer-sft", "1_seed-2_trainer-sft", "2_seed-1_trainer-dpo", "3_seed-2_trainer-dpo"]
     assert len({r["directory"].parent for r in records}) == 1
-    assert all(
-        f"trainer={t},seed={s}" in name or f"seed={s}" in name
-        for name, (t, s) in zip(names, [("sft", 1), ("sft", 2), ("dpo", 1), ("dpo", 2)], strict=True)
-    ), names
+    assert compose([f"model.from_run={records[2]['directory']}"], []).model.from_run == str(records[2]["directory"])
     assert len({r["config_hash"] for r in records}) == 4
 
 
@@ -241,6 +240,19 @@ def test_a_mistake_is_named_with_its_mend(override, message):
     with pytest.raises(ConfigError) as error:
         compose([override], [])
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "name"),
+    [
+        ("trainer.args.beta=0.1,data.path=a/b", "beta-0.1_path-a_b"),
+        ("trainer.args.learning_rate=1e-05,peft=lora", "learning_rate-1e-05_peft-lora"),
+        ("trainer.args.loss_type=[sigmoid,hinge]", "loss_type-_sigmoid_hinge"),
+        ("data.path=données $x.csv", "path-donn_es__x.csv"),
+    ],
+)
+def test_a_label_needs_no_quotes(overrides, name):
+    assert config.label(overrides) == name == shlex.quote(name)
 
 
 @pytest.mark.parametrize("experiment", config.options("experiment", []))

@@ -75,6 +75,7 @@ def test_a_users_own_folder_joins(smoltrain, folder, how):
     (own / "mine.yaml").write_text("# @package _global_\n# Mine\nname: mine\nseed: 11\n")
     (record,) = smoltrain(how.format(folder / "own"), "experiment=mine")
     assert (record["name"], record["seed"], record["directory"].parent.name) == ("mine", 11, "mine")
+    assert f"| command | `smoltrain --config-dir {folder / 'own'} " in (record["directory"] / "report.md").read_text()
     assert options("experiment", [how.format(folder / "own")])["mine"] == "Mine"
 
 
