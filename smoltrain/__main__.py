@@ -13,6 +13,7 @@ import signal
 import sys
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from smoltrain.config import (
     BASE,
@@ -27,7 +28,7 @@ from smoltrain.config import (
     stamp,
     suggest,
 )
-from smoltrain.runs import Diverged, discard
+from smoltrain.runs import Diverged, Interrupted, discard
 
 USAGE = """\
 smoltrain: post-train small language models. What you ask for is what runs.
@@ -113,10 +114,13 @@ def train(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     # SIGTERM ends a run as Ctrl+C does: the record says preempted, the exit code is 143.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs have it
+            signal.signal(number, interrupt)
     exits = []
 
     def task(cfg):
+        from smoltrain.report import ending
         from smoltrain.train import main
 
         exits.append(1)  # any other exception ends the process, after the rest of the sweep
@@ -124,14 +128,20 @@ def train(arguments: list[str]) -> int:
         untouched = not (directory / "run.json").exists()
         try:
             objective = main(cfg)
-        except (ConfigError, Diverged) as error:
+        except ConfigError as error:
             print(error, file=sys.stderr)
-            exits[-1] = 3
-            if isinstance(error, ConfigError):
-                exits[-1] = 2
-                if untouched:
-                    discard(directory)
+            exits[-1] = 2
+            if untouched:
+                discard(directory)
             return math.inf
+        except Diverged as error:
+            print(f"{error}\n{ending(directory)}", file=sys.stderr)
+            exits[-1] = 3
+            return math.inf
+        except BaseException:
+            if (directory / "run.json").exists():
+                print(ending(directory), file=sys.stderr)
+            raise
         finally:
             gc.collect()  # a sweep's next run finds the memory free
         exits[-1] = 0
@@ -157,6 +167,10 @@ def train(arguments: list[str]) -> int:
             raise
         raise ConfigError(f"cannot write the run's directory: {error}") from error
     return max(exits, default=0)
+
+
+def interrupt(number: int, frame: Any) -> None:
+    raise Interrupted(f"interrupted by {signal.Signals(number).name}")
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:

@@ -27,11 +27,16 @@ class Metrics(RunCallback):
     def on_run_begin(self, run: Run) -> None:
         self.run = run
 
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.record["max_steps"] = state.max_steps
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.record["steps"] = state.global_step
+
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
         if state.is_world_process_zero:
             self.run.log(state.global_step, logs)
-            self.run.record["steps"] = state.global_step
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise Diverged(f"{name} is {value} at step {state.global_step}")

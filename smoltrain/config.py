@@ -137,7 +137,7 @@ def description(file: Path) -> str:
 def defaults() -> dict[str, str | None]:
     """Each group that people choose from, and the option that a run takes when nothing is said."""
     chosen = [entry for entry in plain(OmegaConf.load(CONF / "config.yaml"))["defaults"] if isinstance(entry, dict)]
-    return {group: option for entry in chosen for group, option in entry.items() if not group.startswith("optional ")}
+    return {group: option for entry in chosen for group, option in entry.items() if " " not in group}
 
 
 def compose(overrides: list[str], arguments: list[str]) -> DictConfig:

@@ -71,7 +71,7 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
     console.print(f"{record['trainer']}, learning rate {rate}, seed {record['seed']}")
     if record["parent"]:
         console.print(f"from {record['parent']['directory']}")
-    console.print(f"run  {run.directory}")
+    console.print(f"run  {short(run.directory)}")
 
 
 def lost_rows(run: runs.Run, console: Console | None = None) -> None:
@@ -101,7 +101,26 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
         console.print(f"question  {sample['question']}", markup=False)
         console.print(f"before    {sample['before'] or '(nothing)'}", markup=False)
         console.print(f"after     {sample['after']}", markup=False)
-    console.print(f"\nreport {run.directory / 'report.md'}", soft_wrap=True)
+    console.print(f"\nreport {short(run.directory / 'report.md')}", soft_wrap=True)
+
+
+def ending(directory: Path) -> str:
+    """One line for a run that did not complete: how it ended and where, what to do, and where to read of it."""
+    record = runs.read(directory)
+    where = f"at step {progress(record)}" if record["steps"] else "before the first step"
+    rate = record["config"]["trainer"]["args"]["learning_rate"]
+    mend = f"; lower trainer.args.learning_rate={rate}" if record["status"] == "diverged" else ""
+    return f"{record['status']} {where}{mend}; report {short(directory / 'report.md')}"
+
+
+def progress(record: dict[str, Any]) -> str:
+    """`40 of 125` steps; `0` where training has not begun."""
+    return f"{record['steps']} of {record['max_steps']}" if record["max_steps"] else "0"
+
+
+def short(path: Path) -> Path:
+    """A path as one would type it here: relative where it is below the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def before_and_after(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:

@@ -24,13 +24,17 @@ from smoltrain.config import ConfigError, plain
 ROOT = Path("multirun")
 VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
 VERSIONS += ["hydra-core", "omegaconf"]
-WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "smoltrain.log")
+WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png")
 # What may differ between two runs of the same experiment: where it is kept and who watches.
 NOT_IDENTITY = ("name", "trainer.args.output_dir", "trainer.args.report_to", "callbacks.tracking", "callbacks.progress")
 
 
 class Diverged(RuntimeError):
     """The loss or a metric is no longer a finite number; the command exits with 3."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run; its message names it. Python's own class would make the exit code a matter of chance."""
 
 
 class Run:
@@ -73,6 +77,7 @@ class Run:
             "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in VERSIONS},
             "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
             "steps": 0,
+            "max_steps": None,  # known when training begins
             "metrics": {},
             "objective": None,
             "error": None,
@@ -88,7 +93,7 @@ class Run:
             status=status_of(error),
             end=now(),
             seconds=round(time.monotonic() - self.began, 1),
-            error=None if error is None else "".join(traceback.format_exception_only(error)).strip(),
+            error=described(error),
         )
         self.on_end(self.directory)
         for watcher in self.watchers:
@@ -128,6 +133,13 @@ def status_of(error: BaseException | None) -> str:
     if isinstance(error, Diverged):
         return "diverged"
     return "preempted" if isinstance(error, KeyboardInterrupt) else "failed"
+
+
+def described(error: BaseException | None) -> str | None:
+    """An exception as the record says it: with its class, but for an interrupt, which is no error."""
+    if error is None:
+        return None
+    return str(error) if isinstance(error, Interrupted) else "".join(traceback.format_exception_only(error)).strip()
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -36,7 +36,8 @@ def test_the_record_says_what_ran(smoltrain):
     assert "seed=3" in record["overrides"] and record["config"]["trainer"]["args"]["seed"] == 3
     steps = [row["step"] for row in read_metrics(record["directory"]) if "loss" in row]
     assert steps == [1, 2]
-    assert {file.name for file in record["directory"].iterdir()} >= {"model", "report.md", "curves.png", ".hydra"}
+    made = {"run.json", "metrics.jsonl", "model", "report.md", "curves.png", ".hydra"}
+    assert {file.name for file in record["directory"].iterdir()} == made
 
 
 def test_the_same_command_gives_the_same_numbers(smoltrain):
@@ -101,6 +102,8 @@ def test_a_diverged_run_exits_3_and_has_no_final_model(smoltrain, capsys):
     )
     assert record["status"] == "diverged" and record["objective"] is None
     assert "nan" in record["error"] or "inf" in record["error"]
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith(f"diverged at step {record['steps']} of 6; lower trainer.args.learning_rate=1e+30; report ")
     assert not (record["directory"] / "model").exists()
     assert "diverged" in (record["directory"] / "report.md").read_text()
 
@@ -135,10 +138,25 @@ def test_an_interrupted_run_is_preempted(folder, sign):
         if line.startswith("step 10/"):
             process.send_signal(sign)
             break
-    process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=60)
     (file,) = folder.glob("multirun/*/*/run.json")
-    assert (process.returncode, json.loads(file.read_text())["status"]) == (143, "preempted")
-    assert not (file.parent / "model").exists()
+    record = json.loads(file.read_text())
+    assert (process.returncode, record["status"], record["error"]) == (143, "preempted", f"interrupted by {sign.name}")
+    assert record["steps"] >= 10 and not (file.parent / "model").exists()
+    report = file.with_name("report.md").relative_to(folder)
+    assert output.splitlines()[-1] == f"preempted at step {record['steps']} of 9999; report {report}"
+
+
+def test_an_interrupt_inside_an_import_is_still_143(folder):
+    """`python -m` forgets the exit code once KeyboardInterrupt has left a text that was executed, as dataclasses do."""
+    (folder / "program.py").write_text(
+        "import os, signal, smoltrain.train\nfrom smoltrain.__main__ import main\n"
+        "smoltrain.train.train = lambda *_: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+        "raise SystemExit(main(['tracking=none']))"
+    )
+    done = subprocess.run([sys.executable, "-m", "program"], capture_output=True, text=True, check=False)
+    assert done.returncode == 143, done.stderr
+    assert re.fullmatch(r"preempted before the first step; report multirun/default/[\w-]+/report.md\n", done.stderr)
 
 
 EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
