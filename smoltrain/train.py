@@ -70,6 +70,7 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
             "trainer.args.use_cpu=false, and this machine has no accelerator: choose hardware=cpu or auto"
         )
     trainer.remove_callback(PrinterCallback)  # Progress prints
+    trainer.create_model_card = lambda **_: None  # TRL's names no model, and would replace a README.md of the user's
     run.note(**report.facts(trainer, data))
     report.lost_rows(run)
     run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])

@@ -40,6 +40,11 @@ def test_the_record_says_what_ran(smoltrain):
     assert {file.name for file in record["directory"].iterdir()} == made
 
 
+def test_a_checkpoint_brings_no_model_card(smoltrain):
+    (record,) = smoltrain("trainer.args.save_strategy=steps", "trainer.args.save_steps=1")
+    assert (record["directory"] / "checkpoint-2").is_dir() and not list(record["directory"].rglob("README.md"))
+
+
 def test_the_same_command_gives_the_same_numbers(smoltrain):
     (first,), (second,), (other,) = smoltrain(), smoltrain(), smoltrain("seed=1")
     assert first["config_hash"] == second["config_hash"] != other["config_hash"]
