@@ -90,7 +90,9 @@ def lost_rows(run: runs.Run, console: Console | None = None) -> None:
 def summary(run: runs.Run, console: Console | None = None) -> None:
     """The table before and after, a few replies, and where to look next."""
     console = console or Console(highlight=False)
-    table = Table(title=f"{run.record['status']} in {run.record['seconds']:.0f} s, {run.record['steps']} steps")
+    stopped = run.record["steps"] < run.record["max_steps"]
+    steps = f"stopped early at step {progress(run.record)}" if stopped else f"{run.record['steps']} steps"
+    table = Table(title=f"{run.record['status']} in {run.record['seconds']:.0f} s, {steps}")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -128,7 +130,14 @@ def before_and_after(metrics: dict[str, float]) -> list[tuple[str, float | None,
     names = {name.removeprefix("before/") for name in metrics}
     first = ("exact_match", "eval_loss", "eval_rewards/accuracies")
     ordered = sorted(names, key=lambda name: (first.index(name) if name in first else len(first), name))
-    return [(name, metrics.get(f"before/{name}"), metrics.get(name)) for name in ordered]
+    return [(name, told(metrics, "before/", name), told(metrics, "", name)) for name in ordered]
+
+
+def told(metrics: dict[str, float], prefix: str, name: str) -> float | None:
+    """A metric; None where it was not measured or says nothing."""
+    # A model that still is its own reference gives both replies of a pair the same reward; TRL counts that as wrong.
+    tie = name == "eval_rewards/accuracies" and metrics.get(f"{prefix}eval_rewards/margins") == 0
+    return None if tie else metrics.get(f"{prefix}{name}")
 
 
 def number(name: str, value: float | None) -> str:
@@ -150,7 +159,7 @@ def write(directory: Path) -> None:
         f"| model | {record['choices']['model']} ({record['model']}) |",
         f"| data | {record['choices']['data']} ({record['config']['data']['_target_']}) |",
         f"| learning rate | {args['learning_rate']} |",
-        f"| steps | {record['steps']} |",
+        f"| steps | {progress(record)} |",
         f"| duration | {record['seconds']} s |",
         f"| seed | {record['seed']} |",
         f"| config hash | {record['config_hash']} |",

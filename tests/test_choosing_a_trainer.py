@@ -164,6 +164,9 @@ def test_dpo_starts_at_ln2_and_logs_rewards(smoltrain):
     first = next(row for row in logs if "loss" in row)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-3)
     assert {f"rewards/{name}" for name in ("chosen", "rejected", "accuracies", "margins")} <= first.keys()
+    # nothing is right or wrong as long as the model is its own reference
+    after = f"{record['metrics']['eval_rewards/accuracies']:.1%}"
+    assert f"| eval_rewards/accuracies | - | {after} |" in (record["directory"] / "report.md").read_text()
 
 
 def test_sft_logs_no_rewards(smoltrain):
@@ -203,12 +206,14 @@ def test_module_and_command_resolve_to_the_same_bytes():
     assert outputs[0] == outputs[1] == (Path(__file__).parent / "golden.yaml").read_bytes()
 
 
-def test_callbacks_are_config(smoltrain):
+def test_callbacks_are_config(smoltrain, capsys):
     early = "callbacks.early={_target_: transformers.EarlyStoppingCallback, early_stopping_patience: 1}"
     stopping = ("trainer.args.eval_strategy=steps", "trainer.args.eval_steps=1", "trainer.args.save_strategy=best")
     best = ("trainer.args.load_best_model_at_end=true", "trainer.args.metric_for_best_model=eval_loss")
     (record,) = smoltrain(early, *stopping, *best, "trainer.args.max_steps=6", "trainer.args.learning_rate=0")
     assert record["steps"] == 2  # nothing improves: the first evaluation is the best, the second stops it
+    assert "stopped early at step 2 of 6" in " ".join(capsys.readouterr().out.split())
+    assert "| steps | 2 of 6 |" in (record["directory"] / "report.md").read_text()
 
 
 def test_another_trl_trainer_is_one_yaml_file(smoltrain):
