@@ -70,7 +70,8 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
     console.print(f"[bold]{choices['trainer']}[/]  {', '.join(parts)}")
     console.print(f"{record['trainer']}, learning rate {rate}, seed {record['seed']}")
     if record["parent"]:
-        console.print(f"from {record['parent']['directory']}")
+        directory = Path(record["parent"]["directory"])
+        console.print(f"from {short(directory)} ({outcome(runs.read(directory))})")
     console.print(f"run  {short(run.directory)}")
 
 
@@ -103,7 +104,14 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
         console.print(f"question  {sample['question']}", markup=False)
         console.print(f"before    {sample['before'] or '(nothing)'}", markup=False)
         console.print(f"after     {sample['after']}", markup=False)
-    console.print(f"\nreport {short(run.directory / 'report.md')}", soft_wrap=True)
+    console.print(f"\nmodel  {short(run.directory / 'model')}", soft_wrap=True)
+    console.print(f"report {short(run.directory / 'report.md')}", soft_wrap=True)
+
+
+def outcome(record: dict[str, Any]) -> str:
+    """What a completed run came to, for where there is a line of it: `sft, exact_match 98.5%`."""
+    name, _, after = before_and_after(record["metrics"])[0]
+    return f"{record['choices']['trainer']}, {name} {number(name, after)}"
 
 
 def ending(directory: Path) -> str:

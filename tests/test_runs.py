@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import resolvable
@@ -69,7 +70,12 @@ def test_a_run_starts_from_another(smoltrain, capsys):
     (sft,) = smoltrain("name=first")
     for reference in ("latest", "first", str(sft["directory"]), sft["directory"].name):
         assert find(reference).resolve() == sft["directory"]
+    capsys.readouterr()
     (dpo,) = smoltrain("trainer=dpo", "model.from_run=latest")
+    out = capsys.readouterr().out
+    parent, model = (record["directory"].relative_to(Path.cwd()) for record in (sft, dpo))
+    assert f"from {parent} (sft, exact_match {sft['metrics']['exact_match']:.1%})\n" in out
+    assert f"\nmodel  {model}/model\nreport {model}/report.md\n" in out
     assert dpo["parent"] == {
         "directory": str(sft["directory"]),
         "config_hash": sft["config_hash"],
