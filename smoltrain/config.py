@@ -153,7 +153,7 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
         with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
             cfg = hydra.compose("config", overrides=[*overrides, *searchpath])
     except COMPOSING as error:
-        raise ConfigError(explain(error)) from error
+        raise ConfigError(explain(error) + headless(overrides, arguments)) from error
     validate(cfg)
     return cfg
 
@@ -373,7 +373,8 @@ def explain(error: Exception) -> str:
         close = suggest(option, choices) or "."
         return f"{group}={option}: there is no such option{close} Choose one of: {', '.join(choices)}"
     cause = error.__cause__ if isinstance(error, ConfigCompositionException) and error.__cause__ else error
-    first = str(error).splitlines()[0]
+    lines = str(error).splitlines()
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if several := re.fullmatch(r"(?:Ambiguous value for argument|Sweep parameters) '(.*?)'.*", first):
         return f"{several[1]}: add -m to run each of them; a list is key=[a,b], a text with a comma key=\"'a,b'\""
     detail = str(cause).splitlines()[0] if str(cause) else ""
@@ -386,7 +387,23 @@ def explain(error: Exception) -> str:
         return f"{cause.full_key} is not a key of this config{close or '. Keys there: ' + ', '.join(keys)}"
     if isinstance(error, InterpolationResolutionError):
         return str(error)
-    return first if detail in ("", first) else f"{first}: {detail}"
+    return first if first.startswith(detail) else f"{first}: {detail}"
+
+
+def headless(overrides: list[str], arguments: list[str]) -> str:
+    """What to add to users' own files that were chosen, where all of ours in that group begin with where they go."""
+    advice = ""
+    for group, _, option in (override.partition("=") for override in overrides):
+        needed = {header(file) for file in (CONF / group).glob("*.yaml") if file.stem != BASE}
+        for file in (folder / group / f"{option}.yaml" for folder in folders(arguments)[:-1]):
+            if file.is_file() and not header(file) and needed and all(needed):
+                advice += f"\n{file}: its first line has to be {' or '.join(f'`{line}`' for line in sorted(needed))}"
+    return advice
+
+
+def header(file: Path) -> str:
+    """The comment of a YAML file that tells Hydra where in the config its keys go; empty where it has none."""
+    return next((line for line in file.read_text().splitlines() if line.startswith("# @package ")), "")
 
 
 REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)

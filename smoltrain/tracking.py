@@ -82,7 +82,10 @@ class Trackio(RunCallback):
 
 
 def dashboard() -> None:
-    """Opens Trackio's dashboard on this project's runs, until interrupted."""
+    """Opens Trackio's dashboard on this project's runs, until interrupted. Raises ConfigError where there is none."""
     trackio = open_trackio()
-    print(f"Runs in {Path(os.environ['TRACKIO_DIR'])}; stop with Ctrl+C")
+    folder = Path(os.environ["TRACKIO_DIR"])
+    if not any(folder.glob("*.db")):
+        raise ConfigError(f"{folder}: no run is tracked there yet; make one with `smoltrain`, then look again")
+    print(f"Runs in {folder}; stop with Ctrl+C")
     trackio.show(project="smoltrain")

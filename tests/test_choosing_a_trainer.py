@@ -248,6 +248,24 @@ def test_a_mistake_is_named_with_its_mend(override, message):
 
 
 @pytest.mark.parametrize(
+    ("group", "text", "header"),
+    [
+        ("experiment", "seed: 3", "`# @package _global_`"),
+        ("hardware", "bf16: false", "`# @package trainer.args`"),
+        ("peft", "r: 8", "`# @package _global_` or `# @package trainer.peft_config`"),
+        ("trainer", "defaults: [base@trainer, override /data: sums, _self_]", "`# @package _global_`"),
+    ],
+)
+def test_a_file_that_does_not_say_where_it_goes_is_named(folder, group, text, header):
+    file = folder / "own" / group / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# Mine\n{text}\n")
+    with pytest.raises(ConfigError) as error:
+        compose([f"{group}=mine"], ["--config-dir", str(folder / "own")])
+    assert str(error.value).splitlines()[-1] == f"{file}: its first line has to be {header}"
+
+
+@pytest.mark.parametrize(
     ("overrides", "name"),
     [
         ("trainer.args.beta=0.1,data.path=a/b", "beta-0.1_path-a_b"),

@@ -85,3 +85,10 @@ def test_the_dashboard_opens_on_this_projects_runs(smoltrain, monkeypatch):
         with urllib.request.urlopen(url, timeout=20) as page:
             assert page.status == 200 and "<html" in page.read().decode().lower()
         process.kill()
+
+
+def test_the_dashboard_of_no_runs_says_so(folder, capsys):
+    from smoltrain.__main__ import main
+
+    assert main(["dashboard"]) == 2
+    assert f"{folder / 'trackio'}: no run is tracked there yet; make one with `smoltrain`" in capsys.readouterr().err
