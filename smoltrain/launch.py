@@ -18,9 +18,12 @@ from rich.console import Console
 from rich.prompt import Confirm, Prompt
 from rich.text import Text
 
+from smoltrain import runs
 from smoltrain.config import ConfigError, compose, defaults, fields, options, plain, quoted, suggest
+from smoltrain.report import outcome
 
 TRAINER_TYPE = "trainer type"  # as the list of training parameters calls it
+PARENTS = 9  # completed runs to start from, at most: those before them have names
 
 
 def launch(arguments: list[str], start: Callable[[list[str]], int]) -> int:
@@ -75,10 +78,12 @@ class Launcher:
     def converse(self) -> None:
         self.choose("Step 1: Experiment", "experiment", "none, choose the parts")
         self.choose("Step 2: Model", "model", self.otherwise("model"))
+        self.choose_parent()
         self.choose("Step 3: Data", "data", self.otherwise("data"))
         self.choose_trainer()
         self.choose("Step 4: Hardware", "hardware", self.otherwise("hardware"))
-        self.choose("Step 5: Tracking", "tracking", self.otherwise("tracking"))
+        self.choose("Step 5: Adapter", "peft", self.otherwise("peft"))
+        self.choose("Step 6: Tracking", "tracking", self.otherwise("tracking"))
         self.choose_name()
         self.change_parameters()
         self.summarize()
@@ -92,6 +97,21 @@ class Launcher:
             if self.take(group, answer, list(found)):
                 return
 
+    def choose_parent(self) -> None:
+        """A finished run of the chosen model to start from; not asked as long as there is none."""
+        model = self.config.model
+        ended = [(str(directory), runs.read(directory)) for directory in runs.completed()]
+        same = [(path, outcome(record)) for path, record in ended if record["model"] == model.name_or_path]
+        found = dict(same[:PARENTS])
+        if not found:
+            return
+        self.heading("Step 2.5: Starting Point")
+        self.say("Completed runs of this model:")
+        self.menu([f"{path}  {text}" for path, text in found.items()])
+        while answer := self.ask(f"Start from (number or directory; Enter: {model.from_run or 'no run'})"):
+            if self.take("model.from_run", answer, list(found)):
+                return
+
     def choose_trainer(self) -> None:
         """The one question without a default: what kind of training this is must be said."""
         found = options("trainer", self.flags)
@@ -102,7 +122,7 @@ class Launcher:
             pass
 
     def choose_name(self) -> None:
-        self.heading("Step 6: Name")
+        self.heading("Step 7: Name")
         while answer := self.ask(f"Name of the run, its folder in multirun (Enter: {self.config.name})"):
             if self.accept("name", as_override(answer, text=True)):
                 return
@@ -110,42 +130,46 @@ class Launcher:
     def change_parameters(self) -> None:
         """Shows every training parameter of the resolved config and lets each be changed, until an empty line."""
         names = self.show_parameters()
-        while answer := self.ask("Change which (number or name; Enter: none)"):
-            name = pick(answer, names) or answer
-            changed = self.change_trainer() if name in (TRAINER_TYPE, "trainer") else self.change(name)
+        while answer := self.ask("Change which (number, name, or name=value; Enter: none)"):
+            which, _, value = (part.strip() for part in answer.partition("="))
+            name = pick(which, names) or which.removeprefix("trainer.args.")
+            changed = self.change_trainer(value) if name in (TRAINER_TYPE, "trainer") else self.change(name, value)
             if changed:  # what is refused stays in sight: the list is longer than a small terminal
                 names = self.show_parameters()
 
     def show_parameters(self) -> list[str]:
         shown = {TRAINER_TYPE: self.choices["trainer"], **parameters(self.config.trainer.args)}
-        self.heading("Step 7: Training Parameters")
+        self.heading("Step 8: Training Parameters")
+        if "experiment" in self.choices:
+            self.say(f"What you have not changed is as the experiment {self.choices['experiment']} has it.\n")
         self.menu([f"{name:30} {value}" for name, value in shown.items()])
         return list(shown)
 
-    def change_trainer(self) -> bool:
+    def change_trainer(self, answer: str) -> bool:
         """Another trainer keeps the parameters that were changed, less those that it does not have."""
         changed = {key: value for key, value in self.choices.items() if key.startswith("trainer.")}
         self.choices = {key: value for key, value in self.choices.items() if key not in changed}
-        self.choose_trainer()
+        if not (answer and self.take("trainer", answer, list(options("trainer", self.flags)))):
+            self.choose_trainer()
         for key, value in changed.items():
             if key not in self.choices:
                 self.accept(key, value)
         return True
 
-    def change(self, name: str) -> bool:
-        """Asks for the new value of a field of `trainer.args`, whether or not the config has set it yet."""
+    def change(self, name: str, value: str) -> bool:
+        """Sets a field of `trainer.args`, whether or not the config has set it yet; asks for a value not yet given."""
         args = self.config.trainer.args
         known = {*parameters(args), *fields(args._target_)}
         if name not in known:
             self.say(f"{name} is neither a number of the list nor a field of {args._target_}{suggest(name, known)}")
             return False
-        value = self.ask(f"New value of {name} (Enter: leave it)")
+        value = value or self.ask(f"New value of {name} (Enter: leave it)")
         return bool(value) and self.accept(home(args, name), as_override(value))
 
     def summarize(self) -> None:
         cfg = self.config
         built = {"data": call(cfg.data), "trainer": cfg.trainer._target_, "model": call(cfg.model)}
-        self.heading("Step 8: Configuration Summary")
+        self.heading("Step 9: Configuration Summary")
         rows = {g: f"{self.choices.get(g, self.otherwise(g)):24} {built.get(g, '')}".rstrip() for g in defaults()}
         rows |= {key: value for key, value in self.choices.items() if key not in rows}
         rows["name"] = cfg.name

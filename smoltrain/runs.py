@@ -195,6 +195,16 @@ def read_metrics(directory: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
+def completed(root: Path = ROOT) -> list[Path]:
+    """The directories of all runs that completed, the one that started last first."""
+    found = [
+        (record["start"], file.stat().st_mtime, file.parent)
+        for file in root.glob("**/run.json")
+        if (record := read(file.parent))["status"] == "completed"
+    ]
+    return [directory for *_, directory in sorted(found, reverse=True)]
+
+
 def find(reference: str, root: Path = ROOT) -> Path:
     """The directory of the completed run that `reference` means: a path, "latest", a name, or a stamp.
 
@@ -205,12 +215,7 @@ def find(reference: str, root: Path = ROOT) -> Path:
         if (status := read(Path(reference))["status"]) != "completed":
             raise ConfigError(f"{reference}: this run is {status}; only a completed run has a final model")
         return Path(reference)
-    candidates = [
-        (record["start"], file.stat().st_mtime, file.parent)
-        for file in root.glob("**/run.json")
-        if (record := read(file.parent))["status"] == "completed"
-        and (reference == "latest" or reference in file.parent.relative_to(root).parts)
-    ]
+    candidates = [d for d in completed(root) if reference == "latest" or reference in d.relative_to(root).parts]
     if not candidates:
         raise ConfigError(f"{reference}: no completed run of that name, stamp or path in {root.absolute()}")
-    return max(candidates)[2]
+    return candidates[0]

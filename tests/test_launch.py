@@ -30,9 +30,12 @@ Select the type of training to perform:
 """
 
 
-def answers(experiment="", model="", data=("",), trainer=("1",), name="", parameters=(), start="N") -> list[str]:
+def answers(
+    experiment="", model="", parent=(), data=("",), trainer=("1",), peft="", name="", parameters=(), start="N"
+) -> list[str]:
     """The lines of a whole dialogue; an empty line takes a question's default."""
-    return [experiment, model, *data, *trainer, "", "", name, *parameters, "", start]
+    hardware = tracking = ""
+    return [experiment, model, *parent, *data, *trainer, hardware, peft, tracking, name, *parameters, "", start]
 
 
 @pytest.fixture
@@ -93,7 +96,7 @@ def test_a_trainer_of_the_users_own_is_number_three(launch):
 
 def test_every_file_of_conf_is_among_the_choices(launch):
     output = launch(answers())
-    for group in ("experiment", "model", "data", "hardware", "tracking"):
+    for group in ("experiment", "model", "data", "hardware", "peft", "tracking"):
         for number, (option, text) in enumerate(options(group, []).items(), 1):
             assert re.search(rf"^ *{number}\. {re.escape(option)} +{re.escape(text)}$", output, re.MULTILINE)
 
@@ -108,6 +111,18 @@ MENDED = ["seed", "many", "max_stepz", "run_name", "${nope}", "99", "max_steps",
         (answers(**BOTH), "experiment=smollm2_135m_dpo model=smollm2_135m_instruct trainer=dpo", "the experiment's"),
         (answers(data=["local", "", "local", "my.csv"]), "data=local data.path=my.csv trainer=sft", "still needed"),
         (answers(data=["nope", "sums"]), "data=sums trainer=sft", "from 1 to 7"),
+        (
+            answers(**BOTH),
+            "experiment=smollm2_135m_dpo model=smollm2_135m_instruct trainer=dpo",
+            "as the experiment smoll",
+        ),
+        (answers(peft="1"), "trainer=sft peft=lora", "peft        lora"),
+        (answers(peft="nope\nqlora"), "trainer=sft peft=qlora", "with a name: lora, qlora"),
+        (answers(parameters=["max_steps = 7"]), "trainer=sft trainer.args.max_steps=7", "max_steps             "),
+        (answers(parameters=["5=7", "seed=3"]), "trainer=sft trainer.args.max_steps=7 seed=3", "Change which"),
+        (answers(parameters=["trainer.args.run_name=a=b"]), "trainer=sft trainer.args.run_name='a=b'", "a=b"),
+        (answers(parameters=["trainer=dpo", "beta=0.3"]), "trainer=dpo trainer.args.beta=0.3", "trl.DPOTrainer"),
+        (answers(parameters=["trainer=ppo", "2"]), "trainer=dpo", "from 1 to 2"),
         (answers(name="a"), "trainer=sft name=a", "name        a"),
         (answers(name="../a\n..\n"), "trainer=sft", "one folder of multirun"),
         (answers(name="\x1b[A\n"), "trainer=sft", "cannot be shown"),
@@ -179,12 +194,18 @@ def test_flags_that_it_cannot_use_are_refused_before_the_first_question(launch, 
     assert launch([], *flags, code=2) == ""
 
 
-def test_yes_runs_what_was_shown(launch, folder):
+def test_yes_runs_what_was_shown_and_the_next_run_can_start_from_it(launch, folder):
     launch(answers(parameters=["max_steps", "1"], start="y"))
     (file,) = folder.glob("multirun/default/*/run.json")
     record = json.loads(file.read_text())
     assert (record["status"], record["trainer"], record["steps"]) == ("completed", "trl.SFTTrainer", 1)
     assert record["overrides"] == ["trainer=sft", "trainer.args.max_steps=1"]
+    first = file.parent.relative_to(folder)
+    output = launch(answers(parent=["2", "1"], trainer=["2"]))
+    assert f"\n1. {first}  sft, exact_match 0.0%\n" in output and "from 1 to 1" in output
+    assert printed_overrides(output) == [f"model.from_run={first}", "trainer=dpo"]
+    assert "Starting Point" not in launch(answers(model="smollm2_360m"))
+    assert printed_overrides(launch(answers(parent=[""]))) == ["trainer=sft"]
 
 
 @pytest.fixture
@@ -211,7 +232,17 @@ def test_it_works_under_tmux(tmux, folder):
             time.sleep(0.05)
         return screen
 
-    questions = ["Experiment (", "Model (", "Data (", "Trainer type (", "Hardware (", "Tracking (", "Name of", "Change"]
+    questions = [
+        "Experiment (",
+        "Model (",
+        "Data (",
+        "Trainer type (",
+        "Hardware (",
+        "Peft (",
+        "Tracking (",
+        "Name of",
+        "Change",
+    ]
     for question in questions:
         wait_for(question)
         tmux("send-keys", "1" if question == "Trainer type (" else "", "Enter")
