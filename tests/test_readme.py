@@ -12,6 +12,14 @@ from smoltrain.data import sums
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+
+
+def block(language: str) -> str:
+    """README's only block of a language."""
+    (text,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+    return text
+
+
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
 CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
@@ -25,7 +33,7 @@ def newcomer(folder):
     sums.conversations(30, 1, 0)["train"].remove_columns("answer").to_json(str(folder / "my.jsonl"))
     (folder / "my.csv").write_text("ask,reply\n" + "2 + 2 =,4\n" * 30)
     (folder / "my_conf" / "experiment").mkdir(parents=True)
-    (folder / "my_conf" / "experiment" / "mine.yaml").write_text("# @package _global_\n# Mine\nseed: 5\n")
+    (folder / "my_conf" / "experiment" / "mine.yaml").write_text(block("yaml"))
     (folder / "tests").symlink_to(ROOT / "tests")
     return folder
 
@@ -54,6 +62,16 @@ def test_a_training_command_trains(newcomer, smoltrain, command):
     code = main([*flags, *folder, *given, *quick, *small])
     assert code == 0
     assert len(list(newcomer.glob("multirun/**/run.json"))) >= (4 if flags else 1)
+
+
+def test_the_own_experiment_trains_an_adapter_stops_early_and_is_loaded_as_shown(newcomer, smoltrain, capsys):
+    tiny = ("model=tiny", "hardware=cpu", "data.test_rows=4", "tracking=none", "evaluation.max_rows=0")
+    still = ("trainer.args.learning_rate=0", "trainer.args.eval_steps=1", "trainer.args.max_steps=9")
+    (record,) = smoltrain("--config-dir=my_conf", quick=("experiment=mine", *tiny, *still))
+    assert (record["name"], record["choices"]["peft"], record["steps"]) == ("mine", "lora", 4)
+    model = capsys.readouterr().out.split("\nmodel  ")[1].splitlines()[0]
+    exec(block("python").replace("multirun/…/model", model), {})
+    assert capsys.readouterr().out.startswith("<|im_start|>user\nMia has 21 beads")
 
 
 @pytest.mark.parametrize("command", LOOK, ids=" ".join)
@@ -95,7 +113,11 @@ def test_every_option_that_readme_names_exists():
 
 
 def test_the_messages_in_troubleshooting_are_the_real_ones(folder, capfd):
-    for arguments, cell in ((["trainer=ppo"], "Choose one of: dpo, sft"), (["trainer.args.lerning_rate=1"], None)):
+    for arguments, cell in (
+        (["trainer=ppo"], "Choose one of: dpo, sft"),
+        (["trainer.args.lerning_rate=1"], None),
+        (["learning_rate=1"], None),
+    ):
         assert main(arguments) == 2
         error = capfd.readouterr().err.strip()
         assert (cell or error) in README and (cell or error) in error
