@@ -77,6 +77,9 @@ def test_other_trackers_are_a_line_of_yaml(smoltrain, capsys, tracker):
 
 def test_the_dashboard_opens_on_this_projects_runs(smoltrain, monkeypatch):
     smoltrain("tracking=trackio")
+    from trackio.utils import TRACKIO_DIR  # that of the first test of this process: Trackio reads it once
+
+    monkeypatch.setenv("TRACKIO_DIR", str(TRACKIO_DIR))
     monkeypatch.setenv("BROWSER", "true")  # the command, which opens nothing
     monkeypatch.setenv("PYTHONUNBUFFERED", "1")
     command = [sys.executable, "-m", "smoltrain", "dashboard"]
