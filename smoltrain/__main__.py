@@ -6,6 +6,7 @@ Imports nothing heavy: help, `--cfg job`, completion and config errors answer in
 import contextlib
 import gc
 import io
+import json
 import math
 import os
 import re
@@ -25,6 +26,7 @@ from smoltrain.config import (
     explain,
     options,
     register,
+    spelled_out,
     stamp,
     suggest,
 )
@@ -35,9 +37,26 @@ smoltrain: post-train small language models. What you ask for is what runs.
 
   smoltrain [group=option …] [key=value …]     train, once
   smoltrain -m key=value,value …               train once for each combination
+  smoltrain check [overrides]                  what a run would learn from and cost, before it starts
   smoltrain launch                             choose interactively; prints the command it stands for
   smoltrain dashboard                          look at the curves of all runs
   smoltrain --cfg job [overrides]              print the config that would run, and run nothing
+"""
+
+CHECK = """\
+smoltrain check [overrides]: what a run would learn from and cost, before it starts
+
+  Reads, renders and tokenises every row as the run would, takes one step, and prints what it found.
+  The overrides are those of the run: smoltrain check trainer=dpo data.path=my.jsonl
+
+  --json FILE          writes all of it as JSON; with - to the standard output, where nothing else is printed then
+  --strict             exit code 1 where there are warnings
+  --config-dir FOLDER  YAML files of your own, as in a run
+  check.step=true      takes one real step on the longest batch, without learning from it; by default where the model
+                       is on this disk. false takes none, and leaves the time out
+
+Exit codes: 0 ready, 1 warnings and --strict, 2 errors: what would stop the run.
+Every run begins with the part of this that is cheap.
 """
 
 EXAMPLES = """\
@@ -57,12 +76,24 @@ MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DELAY": "1", "TQDM_LEAVE": "",
 if not sys.stderr.isatty():
     MANNERS["TQDM_DISABLE"] = "1"
 # Hydra's flags that are followed by a value.
-VALUED = {"--config-dir", "-cd", "--config-name", "-cn", "--config-path", "-cp", "--cfg", "-c", "--package", "-p"}
+VALUED = {
+    "--json",
+    "--config-dir",
+    "-cd",
+    "--config-name",
+    "-cn",
+    "--config-path",
+    "-cp",
+    "--cfg",
+    "-c",
+    "--package",
+    "-p",
+}
 
 # Flags with which nothing is run, or something else than the config of that name.
 LOOKING = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
 LOOKING |= {"--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"}
-VERBS = ("train", "launch", "dashboard")
+VERBS = ("train", "check", "launch", "dashboard")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -90,14 +121,18 @@ def main(argv: list[str] | None = None) -> int:
                 dashboard()
             return 0
         if {"-h", "--help"} & set(arguments):
-            return print_help(arguments)
+            return print_help(arguments) if verb != "check" else print(CHECK, end="") or 0
         if "--version" in arguments:
             print(f"smoltrain {metadata.version('smoltrain')}")
             return 0
         if {"-sc", "--shell-completion"} & set(arguments):
             return complete(arguments)
         if verb.isidentifier() and verb not in VERBS:
-            raise ConfigError(f"{verb}: there is no such verb{suggest(verb, VERBS)}. Verbs are {', '.join(VERBS)}")
+            raise ConfigError(
+                f"{verb}: there is no such verb{suggest(verb, VERBS) or '.'} Verbs are {', '.join(VERBS)}"
+            )
+        if verb == "check":
+            return check(rest)
         return train(rest if verb == "train" else arguments)
     except ConfigError as error:
         print(error, file=sys.stderr)
@@ -108,10 +143,53 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
+def check(arguments: list[str]) -> int:
+    """What can be known of a run before it starts: 0, 2 for errors, 1 for warnings with `--strict`.
+
+    `--json FILE` writes all of it, errors of the config too; to the standard output, for `-`, and nothing else there.
+    """
+    flags, overrides = split(arguments)
+    strict, json_file, hydra = False, None, []
+    remaining = iter(flags)
+    for flag in remaining:
+        name, _, value = flag.partition("=")
+        if name == "--strict":
+            strict = True
+        elif name == "--json":
+            json_file = value or next(remaining, None)
+            if json_file is None:
+                raise ConfigError("--json: name the file to write, or - for the standard output")
+            if json_file != "-" and not Path(json_file).absolute().parent.is_dir():
+                raise ConfigError(f"--json {json_file}: there is no such folder")
+        elif name in ("--config-dir", "-cd"):
+            hydra += [flag] if value else [flag, next(remaining, "")]
+        else:
+            raise ConfigError(f"smoltrain check takes no {flag}; its flags are --json, --strict and --config-dir")
+    try:
+        cfg = compose(overrides, [*hydra, *overrides])
+        from smoltrain.check import check as known
+
+        facts = known(cfg, strict, quiet=json_file == "-")
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        facts = {"warnings": [], "errors": [str(error)]}
+    if json_file:
+        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text)
+    return 2 if facts["errors"] else int(strict and bool(facts["warnings"]))
+
+
 def train(arguments: list[str]) -> int:
     """Hydra composes, then `smoltrain.train.main` runs: once, or with -m once for each combination."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+
+    own = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() != own:  # a worker that prepares rows, forked from here: nobody awaits its exception
+            os._exit(128 + number)
+        raise Interrupted(f"interrupted by {signal.Signals(number).name}")
 
     # SIGTERM ends a run as Ctrl+C does: the record says preempted, the exit code is 143.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -169,19 +247,27 @@ def train(arguments: list[str]) -> int:
     return max(exits, default=0)
 
 
-def interrupt(number: int, frame: Any) -> None:
-    raise Interrupted(f"interrupted by {signal.Signals(number).name}")
-
-
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Hydra's flags, each with its value, and the overrides; argparse wants the flags in one place."""
+    """The flags, each with its value, in one place, as argparse wants them; and the overrides, spelled out."""
     flags: list[str] = []
     overrides: list[str] = []
     valued = False
     for argument in arguments:
+        if not (valued or argument.startswith(("-", "~")) or "=" in argument):
+            raise ConfigError(stray(argument))
         (flags if valued or argument.startswith("-") else overrides).append(argument)
         valued = argument in VALUED
-    return flags, overrides
+    return flags, spelled_out(overrides)
+
+
+def stray(argument: str) -> str:
+    """What somebody may have meant by an argument that is neither a flag nor key=value."""
+    if argument in VERBS:
+        return f"{argument}: a verb comes first, smoltrain {argument} …"
+    mend = (
+        f"did you mean data.path={argument}?" if Path(argument).suffix or Path(argument).exists() else "write key=value"
+    )
+    return f"{argument}: not an override; {mend}"
 
 
 def check_every_run(overrides: list[str], flags: list[str]) -> None:

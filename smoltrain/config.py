@@ -53,6 +53,11 @@ class Evaluation:
 
 
 @dataclass
+class Check:
+    step: bool | None = MISSING
+
+
+@dataclass
 class Config:
     """The keys of a run. Groups keep their own keys in their own YAML; `trainer.args` takes any field of its class."""
 
@@ -60,11 +65,12 @@ class Config:
     seed: int = MISSING
     threads: int | None = MISSING
     objective: str = MISSING
-    expects: list[list[str]] = MISSING
-    data: Any = MISSING
+    data: Any = field(default_factory=dict)
+    encode: Any = MISSING
     trainer: Any = field(default_factory=lambda: {"args": open_node()})
     model: Any = MISSING
     evaluation: Evaluation = field(default_factory=Evaluation)
+    check: Check = field(default_factory=Check)
     callbacks: Any = field(default_factory=open_node)
 
 
@@ -158,6 +164,43 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
     return cfg
 
 
+# Keys that hold paths and other texts, in which people write what Hydra's grammar gives a meaning: ~, =, <, commas.
+TEXTS = {"data.path", "data.test_path", "data.system_prompt"}
+TEXTS |= {"model.name_or_path", "model.from_run", "model.chat_template", "model.eos_token"}
+
+
+def spelled_out(overrides: list[str]) -> list[str]:
+    """The overrides that a command line is short for.
+
+    `data=[a,b]` is a mixture of two options; a `data.path=` alone is a file of one's own; a path may hold what would
+    otherwise have to be quoted.
+    """
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    spelled = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+        except HydraException:
+            spelled.append(f"{key}={quoted(value)}" if key in TEXTS else override)
+            continue
+        several = parsed.value() if key == "data" and not parsed.is_sweep_override() else None
+        if isinstance(several, list):
+            if len(set(several)) < len(several):
+                raise ConfigError(
+                    f"{override}: each source once. Files of one shape are one source, data.path=[a.jsonl,b.jsonl]; "
+                    "for others, write each a file in a folder of your own, my_conf/data (defaults: [local, _self_])"
+                )
+            spelled += ["data=mixture", *(f"+data@data.sources.{name}={name}" for name in several)]
+        else:
+            spelled.append(override)
+    keys = [override.partition("=")[0] for override in spelled]
+    if "data.path" in keys and not {"data", "experiment"} & set(keys):
+        spelled.insert(0, "data=local")
+    return spelled
+
+
 def quoted(text: str) -> str:
     """A text as Hydra's grammar takes it, whatever stands in it."""
     return QuotedString(text, Quote.single).with_quotes()
@@ -188,7 +231,8 @@ def validate(cfg: DictConfig) -> None:
                 problems.append(f"trainer.args.{key} is not a field of {target}{suggest(key, known)}")
             elif not fits(value, known[key]):
                 problems.append(f"trainer.args.{key}={value}: {target} takes {known[key]}")
-        problems += reserved(plain(cfg.trainer.args)) + never_stopping(plain(cfg))
+        problems += reserved(plain(cfg)) + out_of_range(plain(cfg.trainer.args))
+        problems += never_stopping(plain(cfg)) + endless(plain(cfg))
     if problems:
         raise ConfigError("\n".join(problems), missing)
 
@@ -207,15 +251,49 @@ RESERVED: dict[str, tuple[tuple[Any, ...], str]] = {
     ),
     "hub_token": ((None,), "a token is taken only from the environment, set HF_TOKEN"),
 }
+# Rows are tokens when TRL gets them, so these would be accepted and ignored.
+TOKENIZING = {
+    "assistant_only_loss": "encode.train_on=assistant, last, all or weighted says what is learned",
+    "completion_only_loss": "encode.train_on=assistant, last, all or weighted says what is learned",
+    "truncation_mode": "data.on_too_long=truncate, drop or error says what becomes of rows that are too long",
+    "dataset_num_proc": "data.workers says how many processes prepare rows",
+    "dataset_text_field": "data.columns={text: …} says which column it is",
+    "dataset_kwargs": "rows are prepared before TRL sees them",
+    "chat_template_path": "model.chat_template names the template",
+    "eos_token": "model.eos_token names the token",
+}
 
 
-def reserved(args: dict[str, Any]) -> list[str]:
+UNTOKENIZED = "smoltrain.data.encode.Untokenized"
+
+
+def reserved(cfg: dict[str, Any]) -> list[str]:
     """What is wrong with each reserved field that was set; its value is not shown, one is a secret."""
-    return [
-        f"trainer.args.{key}: {mend}"
-        for key, (left_alone, mend) in RESERVED.items()
-        if key in args and args[key] not in left_alone
-    ]
+    args = cfg["trainer"]["args"]
+    instead = {
+        key: mend for key, (left_alone, mend) in RESERVED.items() if args.get(key, left_alone[0]) not in left_alone
+    }
+    if cfg["encode"]["_target_"] != UNTOKENIZED:
+        instead |= {key: mend for key, mend in TOKENIZING.items() if key in args}
+    return [f"trainer.args.{key}: {mend}" for key, mend in instead.items()]
+
+
+AT_LEAST_1 = ("max_length", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+
+
+def out_of_range(args: dict[str, Any]) -> list[str]:
+    """Numbers that transformers and TRL take and make nonsense of: rows without their end, a run without a step."""
+
+    def below(key: str, least: float) -> bool:
+        return isinstance(value := args.get(key), int | float) and value < least
+
+    problems = [f"trainer.args.{key}={args[key]}: at least 1" for key in AT_LEAST_1 if below(key, 1)]
+    steps = args.get("max_steps", -1)
+    if below("max_steps", 1) and steps != -1:
+        problems.append(f"trainer.args.max_steps={steps}: at least 1, or -1 for num_train_epochs")
+    if steps == -1 and below("num_train_epochs", 1e-9):
+        problems.append(f"trainer.args.num_train_epochs={args['num_train_epochs']}: more than 0")
+    return problems
 
 
 EARLY_STOPPING = "transformers.EarlyStoppingCallback"
@@ -236,11 +314,25 @@ def never_stopping(cfg: dict[str, Any]) -> list[str]:
     ]
 
 
+def endless(cfg: dict[str, Any]) -> list[str]:
+    """What a run over a stream lacks, which transformers says once model and data are there, or never."""
+    args = cfg["trainer"]["args"]
+    streams = [key for key, value in leaves(cfg["data"], "data.") if key.endswith(".streaming") and value is True]
+    problems = []
+    if streams and args.get("max_steps", -1) <= 0:
+        problems.append("nobody knows how many rows a stream has; set trainer.args.max_steps=…")
+    if streams and args.get("dataloader_num_workers", 0):
+        problems.append(
+            "its rows are counted as they are read, in this process; set trainer.args.dataloader_num_workers=0"
+        )
+    return [f"{streams[0]}=true: {problem}" for problem in problems]
+
+
 def misshapen(cfg: DictConfig) -> list[str]:
     """What stands where it cannot: keys that a run does not have, and nothing where a component is described."""
     known = [f.name for f in dataclasses.fields(Config)]
     problems = [f"{key} is not a key of a run{suggest_key(key, known, cfg)}" for key in plain(cfg) if key not in known]
-    for key in ("data", "trainer", "trainer.args", "model"):
+    for key in ("data", "encode", "trainer", "trainer.args", "model"):
         if not OmegaConf.is_dict(node := OmegaConf.select(cfg, key)) or "_target_" not in node:
             problems.append(f"{key} has no _target_: nothing says what to build; choose one with {key.split('.')[0]}=…")
     if not OmegaConf.is_dict(cfg.callbacks):
@@ -384,6 +476,9 @@ def explain(error: Exception) -> str:
         keys = [str(key) for key in cause.parent_node if key != "hydra"]
         keys += [] if parents else [group for group in defaults() if group not in keys]
         close = suggest_key(last, keys, cause.parent_node, prefix)
+        if parents == "data" and not close:  # a key of other data
+            local = [key for key in plain(OmegaConf.load(CONF / "data" / "local.yaml")) if key != "_target_"]
+            close = suggest(f"data.{last}", [f"data.{key}" for key in local])
         return f"{cause.full_key} is not a key of this config{close or '. Keys there: ' + ', '.join(keys)}"
     if isinstance(error, InterpolationResolutionError):
         return str(error)

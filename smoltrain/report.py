@@ -3,6 +3,7 @@
 import importlib.util
 import shlex
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,35 +13,40 @@ from rich.table import Table
 from smoltrain import runs
 
 SAMPLES = 3
+SHOWN = 300  # letters of a text
 # Held-out losses are points: between two of them nothing was measured.
 CURVES = {"loss": ("training loss", ".-"), "eval_loss": ("held-out loss", "o")}
 
 
-def facts(trainer: Any, data: Any) -> dict[str, Any]:
-    """What the record says of the live parts: rows, tokens, parameters, fingerprints, device."""
+def rows(data: Any, tokenizer: Any) -> dict[str, Any]:
+    """What the record says of the data: its sources, what became of their rows, and fingerprints."""
     import hashlib
-
-    from smoltrain.data import counts, fingerprint
 
     def digest(text: str) -> str:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-    tokenizer = trainer.processing_class
-    weights = list(trainer.model.parameters())
     return {
-        "device": device_name(trainer.args.device),
-        "rows": {
-            split: counts(data[split], prepared, trainer.args.max_length)
-            for split, prepared in (("train", trainer.train_dataset), ("test", trainer.eval_dataset))
+        "rows": {split: data.total(split).plain() for split in ("train", "test")},
+        "sources": {
+            name: {"shape": data.shape(name).name, "unread_columns": data.unread(name), "drawn": data.drawn.get(name)}
+            | {split: counts[split].plain() for split in counts}
+            for name, counts in data.counts.items()
         },
-        "parameters": sum(p.numel() for p in weights),
-        "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
-        "fingerprints": {
-            "train": fingerprint(data["train"]),
-            "test": fingerprint(data["test"]),
+        "fingerprints": data.fingerprints
+        | {
             "tokenizer": digest(tokenizer.backend_tokenizer.to_str()),
             "chat_template": digest(tokenizer.chat_template),
         },
+    }
+
+
+def facts(trainer: Any) -> dict[str, Any]:
+    """What the record says of the live parts: parameters and device."""
+    weights = list(trainer.model.parameters())
+    return {
+        "device": device_name(trainer.args.device),
+        "parameters": sum(p.numel() for p in weights),
+        "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
     }
 
 
@@ -51,18 +57,23 @@ def device_name(device: Any) -> str:
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def samples(rows: Any, before: list[str], after: list[str]) -> list[dict[str, str]]:
-    """The first few held-out questions with the replies of the starting and of the trained model."""
-    from smoltrain.data import question
+def samples(rows: list[dict], before: list[str], after: list[str]) -> list[dict[str, str]]:
+    """The first few held-out questions, what the data answers, and the replies of the starting and trained model."""
+    from smoltrain.data.prepare import question
 
     return [
-        {"question": question(row)[-1]["content"], "answer": row["answer"], "before": first, "after": last}
-        for row, first, last in zip(rows.select(range(min(SAMPLES, len(after)))), before, after, strict=False)
+        {
+            "question": question(row)[-1]["content"],
+            "answer": (row.get("chosen") or row.get("completion") or row["messages"])[-1]["content"],
+            "before": first,
+            "after": last,
+        }
+        for row, first, last in list(zip(rows, before, after, strict=True))[:SAMPLES]
     ]
 
 
 def banner(run: runs.Run, console: Console | None = None) -> None:
-    """A few lines: what is about to run, on what, and where its record is."""
+    """Two or three lines: what is about to run, on what, and from where."""
     record, choices = run.record, run.record["choices"]
     console = console or Console(highlight=False, soft_wrap=True)
     parts = [f"{group} {choices[group]}" for group in ("model", "data", "hardware", "peft") if choices.get(group)]
@@ -72,20 +83,62 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
     if record["parent"]:
         directory = Path(record["parent"]["directory"])
         console.print(f"from {short(directory)} ({outcome(runs.read(directory))})")
-    console.print(f"run  {short(run.directory)}")
 
 
-def lost_rows(run: runs.Run, console: Console | None = None) -> None:
-    """One line for each split of which rows were dropped or cut; nothing where none was."""
-    limit = f"trainer.args.max_length={run.record['config']['trainer']['args']['max_length']}"
+def data(run: runs.Run, console: Console | None = None) -> None:
+    """Where the record is, a line for each source, and in yellow what is cut, dropped, repeated or leaked."""
+    from smoltrain.data.splits import BEYOND
+
     console = console or Console(highlight=False, soft_wrap=True)
-    for split, rows in run.record["rows"].items():
-        if rows["cut"]:
-            console.print(f"[yellow]{split}: {rows['cut']} of {rows['given']} rows reach {limit} and may be cut[/]")
-        if rows["dropped"]:
-            console.print(
-                f"[yellow]{split}: {rows['dropped']} of {rows['given']} rows are dropped, all prompt at {limit}[/]"
-            )
+    console.print(f"run   {short(run.directory)}")
+    for name, source in run.record["sources"].items():
+        train, test = source["train"], source["test"]
+        learned = f"{train['kept']:,} rows to learn from" if train["given"] else "read while it is learned from"
+        unread = f"; not read: {', '.join(source['unread_columns'])}" if source["unread_columns"] else ""
+        aside = f" and {test['dropped'][BEYOND]:,} left aside (data.test_rows)" if BEYOND in test["dropped"] else ""
+        console.print(f"data  {name}: {source['shape']}, {learned}, {test['kept']:,} held out{aside}{unread}")
+    for line in draws(run.record["sources"]):
+        console.print(line)
+    limit = f"trainer.args.max_length={run.record['config']['trainer']['args']['max_length']}"
+    for split, counts in run.record["rows"].items():
+        for line in losses(split, counts, limit):
+            console.print(f"[yellow]{line}[/]")
+    for line in run.record["warnings"]:
+        console.print(f"[yellow]{line}[/]")
+
+
+def losses(split: str, counts: dict[str, Any], limit: str) -> list[str]:
+    """What is lost or odd in a split, a line each: rows cut, dropped and repeated, tokens that are not learned."""
+    from smoltrain.data.splits import BEYOND, HELD_OUT_TOO, REPEATED
+
+    lines = []
+    given = some(counts["given"], "row")
+    if counts["cut"]:
+        lines.append(f"{counts['cut']:,} of {given} cut at {limit}")
+    lines += [f"{rows:,} of {given} dropped: {why}" for why, rows in counts["dropped"].items() if why != BEYOND]
+    if counts["lost"]:
+        share = counts["lost"] / (counts["lost"] + counts["trained"])
+        lines.append(f"lost that way: {some(counts['lost'], 'token')} that would be learned ({share:.1%})")
+    lines += [f"{some(rows, 'row')} with {remark}" for remark, rows in counts["remarks"].items()]
+    if counts["duplicates"] and REPEATED not in counts["dropped"]:
+        lines.append(f"{some(counts['duplicates'], 'row')} repeated word for word (data.on_duplicate=drop)")
+    if counts["held_out_too"] and HELD_OUT_TOO not in counts["dropped"]:
+        lines.append(f"{some(counts['held_out_too'], 'row')} held out too (data.on_duplicate=drop)")
+    return [f"{split}: {line}" for line in lines]
+
+
+def draws(sources: dict[str, Any]) -> list[str]:
+    """How often the rows of each source are learned from, a line each, where weights say so."""
+    return [
+        f"{name}: by data.weights an epoch draws {some(source['drawn'], 'row')} from the {source['train']['kept']:,}"
+        for name, source in sources.items()
+        if source["drawn"] not in (None, source["train"]["kept"])
+    ]
+
+
+def some(count: int, thing: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def summary(run: runs.Run, console: Console | None = None) -> None:
@@ -101,9 +154,9 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
         table.add_row(name, number(name, before), number(name, after))
     console.print(table)
     for sample in run.record["samples"][:1]:
-        console.print(f"question  {sample['question']}", markup=False)
-        console.print(f"before    {sample['before'] or '(nothing)'}", markup=False)
-        console.print(f"after     {sample['after']}", markup=False)
+        console.print(f"question  {shorten(sample['question'], SHOWN)}", markup=False)
+        console.print(f"before    {shorten(sample['before'], SHOWN) or '(nothing)'}", markup=False)
+        console.print(f"after     {shorten(sample['after'], SHOWN)}", markup=False)
     console.print(f"\nmodel  {short(run.directory / 'model')}", soft_wrap=True)
     console.print(f"report {short(run.directory / 'report.md')}", soft_wrap=True)
 
@@ -178,10 +231,13 @@ def write(directory: Path) -> None:
         lines.append(f"| from run | {record['parent']['directory']} ({record['parent']['trainer']}) |")
     if record["error"]:
         lines += ["", "## Error", "", "```", record["error"], "```"]
+    if "rows" in record:
+        lines += ["", "## Data", "", *data_table(record)]
     lines += ["", "## Held-out metrics", "", "| | before | after |", "|---|---:|---:|"]
     lines += [f"| {n} | {number(n, b)} | {number(n, a)} |" for n, b, a in before_and_after(record["metrics"])]
     for sample in record.get("samples", []):
-        lines += ["", f"> {sample['question']}", "", f"- before: {sample['before']}", f"- after: {sample['after']}"]
+        lines += ["", f"> {shorten(sample['question'], SHOWN)}", ""]
+        lines += [f"- {name}: {shorten(sample[name], SHOWN)}" for name in ("answer", "before", "after")]
     losses = [row for row in metrics if "loss" in row]
     if losses:
         lines += ["", "## Training", "", f"Loss {losses[0]['loss']:.4f} at step {losses[0]['step']}, "]
@@ -191,6 +247,19 @@ def write(directory: Path) -> None:
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in record["versions"].items())]
     lines += ["", "## Parameters", "", "```yaml", OmegaConf.to_yaml(record["config"]).rstrip(), "```", ""]
     (directory / "report.md").write_text("\n".join(lines))
+
+
+def data_table(record: dict[str, Any]) -> list[str]:
+    """Markdown: what became of the rows of each source, and below it what is lost or odd."""
+    lines = ["| source | shape | split | given | kept | cut | tokens | learned | lost |", "|---|---|---|" + "---:|" * 6]
+    for name, source in record["sources"].items():
+        for split in ("train", "test"):
+            numbers = (source[split][key] for key in ("given", "kept", "cut", "tokens", "trained", "lost"))
+            lines.append(f"| {name} | {source['shape']} | {split} | {' | '.join(f'{n:,}' for n in numbers)} |")
+    limit = f"trainer.args.max_length={record['config']['trainer']['args']['max_length']}"
+    said = [line for split, counts in record["rows"].items() for line in losses(split, counts, limit)]
+    said += [*draws(record["sources"]), *record["warnings"]]
+    return [*lines, *([""] if said else []), *(f"- {line}" for line in said)]
 
 
 def command(record: dict[str, Any]) -> str:

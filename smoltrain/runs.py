@@ -25,8 +25,16 @@ ROOT = Path("multirun")
 VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
 VERSIONS += ["hydra-core", "omegaconf"]
 WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png")
-# What may differ between two runs of the same experiment: where it is kept and who watches.
-NOT_IDENTITY = ("name", "trainer.args.output_dir", "trainer.args.report_to", "callbacks.tracking", "callbacks.progress")
+# What may differ between two runs of the same experiment: where it is kept, who watches, who prepares its rows.
+NOT_IDENTITY = (
+    "name",
+    "trainer.args.output_dir",
+    "trainer.args.report_to",
+    "callbacks.tracking",
+    "callbacks.progress",
+    "check",
+    "data.workers",
+)
 
 
 class Diverged(RuntimeError):

@@ -3,6 +3,7 @@
 import os
 import warnings
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -32,12 +33,44 @@ def main(cfg: DictConfig) -> float:
 
 def train(cfg: DictConfig, run: runs.Run) -> None:
     """Data, model, trainer; evaluate, train, evaluate; save. Nothing here knows which method it is."""
-    from smoltrain.data import require_columns
+    from smoltrain.callbacks import Metrics
+    from smoltrain.evaluate import evaluate, to_answer
+    from smoltrain.preflight import preflight, remarks
 
-    with refusing("data"):
-        data = instantiate(cfg.data)
-        require_columns(data, cfg.expects, cfg.trainer._target_)
+    found = preflight(cfg)
+    found.refuse()
+    chat, data = found.chat, found.data
+    run.note(**report.rows(data, chat.tokenizer), warnings=remarks(found))
+    report.data(run)
+    with refusing("callbacks"):
+        callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
+    # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
+    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
+    trainer = build(cfg, found, callbacks)
+    run.note(**report.facts(trainer))
+    run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
 
+    rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
+    before, first_replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
+    if cfg.objective not in before:
+        raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
+    run.note(metrics={f"before/{name}": value for name, value in before.items()})
+    trainer.train()
+    after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
+    trainer.save_model(str(run.directory / "model"))
+    if found.streamed:  # what became of its rows is known only now
+        run.note(**report.rows(data, chat.tokenizer))
+        report.data(run)
+    run.note(
+        steps=trainer.state.global_step,
+        metrics=run.record["metrics"] | after,
+        objective=after[cfg.objective],
+        samples=report.samples(rows, first_replies, replies),
+    )
+
+
+def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
+    """The trainer that `cfg.trainer` describes, with everything live in it that the preflight found."""
     import torch
     from transformers import PrinterCallback, set_seed
 
@@ -45,49 +78,21 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
     warnings.filterwarnings(
         "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
-
-    from smoltrain.callbacks import Metrics
-    from smoltrain.evaluate import evaluate
-
     set_seed(cfg.seed)
     torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with refusing("model"):
-        model, tokenizer = instantiate(cfg.model)
-    with refusing("callbacks"):
-        callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
-    # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
-    os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
+        model = found.checkpoint.model(found.chat.tokenizer)
     with refusing("trainer"):
-        trainer = instantiate(cfg.trainer)(
+        trainer = found.encoder.feed(instantiate(cfg.trainer))(
             model=model,
-            processing_class=tokenizer,
-            train_dataset=data["train"],
-            eval_dataset=data["test"],
+            processing_class=found.chat.tokenizer,
+            train_dataset=found.data.train,
+            eval_dataset=found.data.test,
             callbacks=callbacks,
-        )
-    if trainer.args.device.type == "cpu" and not trainer.args.use_cpu:
-        raise ConfigError(
-            "trainer.args.use_cpu=false, and this machine has no accelerator: choose hardware=cpu or auto"
         )
     trainer.remove_callback(PrinterCallback)  # Progress prints
     trainer.create_model_card = lambda **_: None  # TRL's names no model, and would replace a README.md of the user's
-    run.note(**report.facts(trainer, data))
-    report.lost_rows(run)
-    run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
-
-    before, first_replies = evaluate(trainer, data["test"], cfg.evaluation.max_rows, cfg.evaluation.max_new_tokens)
-    if cfg.objective not in before:
-        raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
-    run.note(metrics={f"before/{name}": value for name, value in before.items()})
-    trainer.train()
-    after, replies = evaluate(trainer, data["test"], cfg.evaluation.max_rows, cfg.evaluation.max_new_tokens)
-    trainer.save_model(str(run.directory / "model"))
-    run.note(
-        steps=trainer.state.global_step,
-        metrics=run.record["metrics"] | after,
-        objective=after[cfg.objective],
-        samples=report.samples(data["test"], first_replies, replies),
-    )
+    return trainer
 
 
 def pin_parent(cfg: DictConfig) -> dict | None:

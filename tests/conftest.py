@@ -1,12 +1,17 @@
 """The tiny world of the tests: real commands in this process, in an empty folder, on a few rows."""
 
+import atexit
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
-os.environ["DATASETS_VERBOSITY"] = "critical"  # as the command sets it, before any test imports datasets
+os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of prepared rows, for this process and those it starts
+# As the command sets them where no terminal is, before any test imports datasets or tqdm, which read them once.
+os.environ |= {"DATASETS_VERBOSITY": "critical", "TQDM_DISABLE": "1"}
 
 import pytest
 
@@ -14,6 +19,7 @@ from smoltrain.__main__ import main
 from smoltrain.config import compose, register
 
 register()
+atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"])
 
 QUICK = (
     "data.train_rows=32",

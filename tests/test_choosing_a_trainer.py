@@ -12,9 +12,10 @@ from conftest import resolvable
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from smoltrain import config
+from smoltrain import config, train
 from smoltrain.config import CONF, ConfigError, compose
 from smoltrain.data import sums
+from smoltrain.preflight import preflight
 from smoltrain.runs import read_metrics
 
 OWN = Path(__file__).parent / "conf"
@@ -39,11 +40,9 @@ def live(folder):
 
     def build(*overrides: str):
         cfg = resolvable(overrides)
-        data = instantiate(cfg.data)
-        model, tokenizer = instantiate(cfg.model)
-        return instantiate(cfg.trainer)(
-            model=model, processing_class=tokenizer, train_dataset=data["train"], eval_dataset=data["test"]
-        )
+        found = preflight(cfg)
+        found.refuse()
+        return train.build(cfg, found, callbacks=[])
 
     return build
 
@@ -57,7 +56,7 @@ def test_sft_is_the_default_and_its_values_arrive(live):
     trainer = live(*FEW, "seed=7", "trainer.args.learning_rate=3e-4", "trainer.args.max_length=96")
     assert isinstance(trainer, trl.SFTTrainer) and type(trainer.args) is trl.SFTConfig
     args = trainer.args
-    assert (args.seed, args.learning_rate, args.max_length, args.assistant_only_loss) == (7, 3e-4, 96, True)
+    assert (args.seed, args.learning_rate, args.max_length) == (7, 3e-4, 96)
 
 
 def test_dpo_is_chosen_and_its_values_arrive(live):
@@ -148,13 +147,16 @@ def test_every_surface_agrees_with_the_resolved_config(smoltrain, capsys):
 
 @pytest.mark.parametrize(
     ("arguments", "lacks"),
-    [(("trainer=dpo", "data=sums"), "lacks prompt, chosen, rejected"), (("data=sums_preferences",), "lacks messages")],
+    [
+        (("trainer=dpo", "data=sums"), "lacking: chosen, rejected"),
+        (("data=sums_preferences",), "lacking: messages"),
+    ],
 )
 def test_the_wrong_rows_are_refused_before_a_model_loads(smoltrain, folder, capsys, monkeypatch, arguments, lacks):
-    monkeypatch.setattr("smoltrain.model.load", lambda **_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smoltrain.model.Checkpoint.model", lambda *_: pytest.fail("the model was loaded"))
     smoltrain(*arguments, code=2)
     error = capsys.readouterr().err
-    assert lacks in error and "data has" in error
+    assert lacks in error and "columns: " in error
     assert list(folder.iterdir()) == []
 
 
@@ -280,9 +282,10 @@ def test_a_label_needs_no_quotes(overrides, name):
 
 @pytest.mark.parametrize("experiment", config.options("experiment", []))
 def test_every_experiment_survives_a_step_with_the_tiny_model(smoltrain, folder, experiment):
-    columns = compose([f"experiment={experiment}"], []).expects[0]
-    rows = next(s for s in (sums.conversations, sums.preferences) if set(columns) <= set(s(1, 1, 0)["train"].features))
-    rows(20, 1, 0)["train"].remove_columns("answer").to_json(str(folder / "rows.jsonl"))
+    kinds = instantiate(compose([f"experiment={experiment}"], []).encode).kinds
+    rows = sums.preferences(60, 1, 0) if "preference" in kinds else sums.conversations(60, 1, 0)
+    (origin,) = rows.origins.values()
+    origin.source.train.remove_columns("answer").to_json(str(folder / "rows.jsonl"))
     tiny = ("model=tiny", "data=local", "data.path=rows.jsonl", "data.test_rows=4", "hardware=cpu", "tracking=none")
     (record,) = smoltrain(f"experiment={experiment}", quick=(*tiny, "trainer.args.max_steps=1"))
     assert (record["status"], record["steps"], record["name"]) == ("completed", 1, experiment)

@@ -73,12 +73,15 @@ def test_a_crippled_run_reaches_none_of_it(run, trainer, metric, reached):
 
 
 def test_the_embedded_model_is_small_and_whole():
-    from smoltrain.config import PACKAGE
-    from smoltrain.model import load
+    from hydra.utils import instantiate
+
+    from smoltrain.config import PACKAGE, compose
 
     files = [file for file in (PACKAGE / "tiny").iterdir() if file.suffix in (".json", ".safetensors", ".jinja")]
     assert sum(file.stat().st_size for file in files) < 4e6
-    model, tokenizer = load("pkg://smoltrain/tiny", None, "float32", "sdpa", None, None, None)
+    checkpoint = instantiate(compose([], []).model)
+    tokenizer = checkpoint.tokenizer()
+    model = checkpoint.model(tokenizer)
     assert model.config.model_type == "smollm3" and model.num_parameters() == 1_036_416
     assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
 

@@ -110,7 +110,7 @@ MENDED = ["seed", "many", "max_stepz", "run_name", "${nope}", "99", "max_steps",
     [
         (answers(**BOTH), "experiment=smollm2_135m_dpo model=smollm2_135m_instruct trainer=dpo", "the experiment's"),
         (answers(data=["local", "", "local", "my.csv"]), "data=local data.path=my.csv trainer=sft", "still needed"),
-        (answers(data=["nope", "sums"]), "data=sums trainer=sft", "from 1 to 7"),
+        (answers(data=["nope", "sums"]), "data=sums trainer=sft", "from 1 to 8"),
         (
             answers(**BOTH),
             "experiment=smollm2_135m_dpo model=smollm2_135m_instruct trainer=dpo",

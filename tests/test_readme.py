@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.__main__ import main
-from smoltrain.config import compose, options, plain
+from smoltrain.config import compose, options, plain, spelled_out
 from smoltrain.data import sums
 
 ROOT = Path(__file__).parents[1]
@@ -23,15 +23,24 @@ def block(language: str) -> str:
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
 CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
-RUN = [c for c in COMMANDS if c[:1] not in (["launch"], ["dashboard"], ["--help"]) and "--cfg" not in c]
+VERBS = (["check"], ["launch"], ["dashboard"], ["--help"])
+RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c]
+CHECK = [c for c in COMMANDS if c[:1] == ["check"]]
 LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] == ["--help"] or "--cfg" in c]
+
+
+def told(form):
+    """Sixty of the embedded rows, as a file of one's own has them."""
+    (origin,) = form(60, 1, 0).origins.values()
+    return origin.source.train.remove_columns("answer")
 
 
 @pytest.fixture
 def newcomer(folder):
     """A folder as README's reader has it: a file of rows, another with columns of its own names, own YAML files."""
-    sums.conversations(30, 1, 0)["train"].remove_columns("answer").to_json(str(folder / "my.jsonl"))
-    (folder / "my.csv").write_text("ask,reply\n" + "2 + 2 =,4\n" * 30)
+    told(sums.conversations).to_json(str(folder / "my.jsonl"))
+    told(sums.preferences).to_json(str(folder / "pairs.jsonl"))
+    (folder / "my.csv").write_text("ask,reply\n" + "".join(f"{i} + 2 =,{i + 2}\n" for i in range(60)))
     (folder / "my_conf" / "experiment").mkdir(parents=True)
     (folder / "my_conf" / "experiment" / "mine.yaml").write_text(block("yaml"))
     (folder / "tests").symlink_to(ROOT / "tests")
@@ -45,23 +54,26 @@ def test_a_training_command_trains(newcomer, smoltrain, command):
     flags = [a for a in command if a in ("-m",)]
     given = [a for a in command if a not in flags]
     folder = [given.pop(given.index("--config-dir")), given.pop(0)] if "--config-dir" in given else []
-    cfg = compose([a for a in given if a not in flags and "," not in a.split("{")[0]], folder)
+    cfg = compose(spelled_out([a for a in given if not flags or "," not in a]), folder)  # less what a sweep varies
     if cfg.model.name_or_path != "pkg://smoltrain/tiny":
         given += ["model=tiny", "hardware=cpu"]
     if cfg.data._target_.endswith("hub"):
-        columns = cfg.expects[0]
-        form = next(
-            f for f in (sums.conversations, sums.preferences) if set(columns) <= {*f(1, 1, 0)["train"].features}
-        )
-        form(30, 1, 0)["train"].remove_columns("answer").to_json(str(newcomer / "rows.jsonl"))
-        given += ["data=local", "data.path=rows.jsonl"]
-    small = ["data.test_rows=4"] if "sums" not in cfg.data._target_ or "data=local" in given else []
-    small += ["data.train_rows=16", "data.test_rows=8"] if not small else []
+        pairs = cfg.trainer._target_ == "trl.DPOTrainer"
+        given += ["data=local", f"data.path={'pairs' if pairs else 'my'}.jsonl"]
+        cfg = compose([a for a in given if "=" in a], [])
+    small = ["data.train_rows=16", "data.test_rows=8"] if "sums" in cfg.data._target_ else ["data.test_rows=4"]
     if any("from_run" in a for a in given):
         smoltrain()
     code = main([*flags, *folder, *given, *quick, *small])
     assert code == 0
     assert len(list(newcomer.glob("multirun/**/run.json"))) >= (4 if flags else 1)
+
+
+@pytest.mark.parametrize("command", CHECK, ids=" ".join)
+def test_a_checking_command_finds_the_run_ready(newcomer, capsys, command):
+    given = [argument for argument in command if argument != "--strict"]  # sixty rows are not a thousand
+    assert main([*given, "check.step=false"]) == 0
+    assert "ready" in capsys.readouterr().out and not (newcomer / "multirun").exists()
 
 
 def test_the_own_experiment_trains_an_adapter_stops_early_and_is_loaded_as_shown(newcomer, smoltrain, capsys):

@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def test_the_record_says_what_ran(smoltrain):
     )
     for split, given in (("train", 32), ("test", 8)):
         rows = record["rows"][split]
-        assert (rows["given"], rows["dropped"], rows["cut"]) == (given, 0, 0) and rows["tokens"] > given * 40
+        assert (rows["given"], rows["dropped"], rows["cut"]) == (given, {}, 0) and rows["tokens"] > given * 40
     assert record["parameters"] == record["trainable_parameters"] == 1_036_416
     assert record["objective"] == record["metrics"]["eval_loss"] < record["metrics"]["before/eval_loss"]
     assert {"exact_match", "before/exact_match"} <= record["metrics"].keys()
@@ -60,7 +61,7 @@ def test_the_hash_ignores_where_and_who_watches_and_nothing_else():
         cfg.trainer.args.output_dir = output_dir
         return config_hash(plain(cfg, resolve=True), None)
 
-    same = [("name=other",), ("tracking=none",), ("callbacks.progress=null",)]
+    same = [("name=other",), ("tracking=none",), ("callbacks.progress=null",), ("data.workers=3",)]
     assert {hashed(*overrides) for overrides in same} == {hashed()} == {hashed(output_dir="y")}
     different = [("seed=1",), ("trainer=dpo",), ("trainer.args.max_length=9",), ("data.train_rows=9",), ("peft=lora",)]
     assert len({hashed(*overrides) for overrides in different} | {hashed()}) == len(different) + 1
@@ -158,6 +159,26 @@ def test_an_interrupted_run_is_preempted(folder, sign):
     assert output.splitlines()[-1] == f"preempted at step {record['steps']} of 9999; report {report}"
 
 
+def test_an_interrupt_while_rows_are_prepared_leaves_no_worker_behind(folder):
+    row = {"prompt": "How many plums? " * 40, "completion": "Seven."}
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(30_000)))
+    command = [sys.executable, "-m", "smoltrain", "data.path=rows.jsonl", "data.workers=2", "tracking=none"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def workers() -> set[int]:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        asked = [int(pid) for pid in children.read_text().split()] if children.exists() else []
+        return {pid for pid in asked if Path(f"/proc/{pid}/cmdline").read_bytes().count(b"smoltrain")}
+
+    while len(begun := workers()) < 2 and process.poll() is None:
+        time.sleep(0.05)
+    time.sleep(1)
+    process.send_signal(signal.SIGTERM)
+    assert len(begun) >= 2 and process.wait(timeout=30) == 143
+    time.sleep(1)
+    assert not [pid for pid in begun if Path(f"/proc/{pid}").exists()]
+
+
 def test_an_interrupt_inside_an_import_is_still_143(folder):
     """`python -m` forgets the exit code once KeyboardInterrupt has left a text that was executed, as dataclasses do."""
     (folder / "program.py").write_text(
@@ -178,9 +199,9 @@ EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
     [
         (("data=local", "data.path=nowhere.jsonl"), "data.path=nowhere.jsonl: there is no such file"),
         (("data=local", "data.path=broken.json"), "broken.json"),
-        (("data=local", "data.path=odd.txt"), "cannot read .txt"),
+        (("data=local", "data.path=odd.txt"), "odd.txt"),
         (("data=local", "data.path=shapeless.jsonl"), "fit none of the known shapes"),
-        (("data=local", "data.path=short.jsonl"), "data.test_rows=100"),
+        (("data=local", "data.path=short.jsonl"), "data.test_share=0.05"),
         (("--config-dir=own", "experiment=bad"), "bad.yaml"),
         (("--config-dir=nowhere",), "nowhere"),
         (("model=nothing",), "Choose one of: "),
@@ -333,10 +354,10 @@ def test_a_sweep_is_checked_whole_before_it_starts_and_shows_no_secret(smoltrain
 def test_out_of_memory_while_loading_is_a_failure_not_a_config_error(smoltrain, folder, monkeypatch):
     import torch
 
-    def fail(**kwargs):
+    def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr("smoltrain.model.load", fail)
+    monkeypatch.setattr("smoltrain.model.Checkpoint.model", fail)
     with pytest.raises(Exception, match="CUDA out of memory"):
         smoltrain()
     (file,) = folder.glob("multirun/*/*/run.json")

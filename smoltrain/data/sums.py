@@ -11,8 +11,13 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
+
+from smoltrain.config import ConfigError
+from smoltrain.data.prepare import Data, Origin
+from smoltrain.data.sources import Source
 
 NAMES = ("Mia", "Leo", "Ada", "Tom", "Zoe", "Sam", "Ivy", "Max", "Eva", "Ben", "Lia", "Joe")
 THINGS = ("plums", "shells", "stamps", "coins", "pears", "books", "beads", "cards", "nuts", "keys", "pens", "eggs")
@@ -82,17 +87,17 @@ def stories(sums: list[tuple[int, str, int]], rows: int, rng: random.Random) -> 
     ]
 
 
-def conversations(train_rows: int, test_rows: int, seed: int) -> DatasetDict:
+def conversations(train_rows: int, test_rows: int, seed: int, **preparation: Any) -> Data:
     """Question and answer as `messages`, with the whole right reply once more in `answer` for exact match."""
 
     def row(story: Story, rng: random.Random) -> dict:
         reply = {"role": "assistant", "content": story.reply()}
         return {"messages": [{"role": "user", "content": story.question}, reply], "answer": story.reply()}
 
-    return generate(row, train_rows, test_rows, seed)
+    return generate("sums", row, train_rows, test_rows, seed, preparation)
 
 
-def preferences(train_rows: int, test_rows: int, seed: int) -> DatasetDict:
+def preferences(train_rows: int, test_rows: int, seed: int, **preparation: Any) -> Data:
     """The right reply (`chosen`) against a plausible mistake (`rejected`), with the right one in `answer`."""
 
     def row(story: Story, rng: random.Random) -> dict:
@@ -103,12 +108,25 @@ def preferences(train_rows: int, test_rows: int, seed: int) -> DatasetDict:
             "answer": story.reply(),
         }
 
-    return generate(row, train_rows, test_rows, seed)
+    return generate("sums_preferences", row, train_rows, test_rows, seed, preparation)
 
 
-def generate(row: Callable[[Story, random.Random], dict], train_rows: int, test_rows: int, seed: int) -> DatasetDict:
+def generate(
+    name: str,
+    row: Callable[[Story, random.Random], dict],
+    train_rows: int,
+    test_rows: int,
+    seed: int,
+    preparation: dict[str, Any],
+) -> Data:
+    if min(train_rows, test_rows) < 1:
+        raise ConfigError(f"data.train_rows={train_rows}, data.test_rows={test_rows}: at least 1 row of each")
     splits = {}
     for (split, rows), sums in zip({"train": train_rows, "test": test_rows}.items(), sides(), strict=True):
         rng = random.Random(f"{split} {seed}")
         splits[split] = Dataset.from_list([row(story, rng) for story in stories(sums, rows, rng)])
-    return DatasetDict(splits)
+    fingerprint = f"{name} {train_rows} {test_rows} {seed}"
+    source = Source(name, splits["train"], splits["test"], fingerprint, lambda split, i: f"{split} row {i + 1}")
+    if preparation:  # not one of several sources: what was asked for is held out, all of it
+        preparation = preparation | {"test_rows": test_rows, "seed": seed}
+    return Data({name: Origin(source)}, preparation)
