@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import warnings
 from pathlib import Path
 from typing import Any
@@ -123,7 +124,7 @@ def train(config: Any, method: str, rows: int, tokens: int, extra: dict[str, Any
         "disable_tqdm": True,
     }
     shared: dict[str, Any] = {
-        "output_dir": "/tmp/smoltrain-memory",
+        "output_dir": tempfile.gettempdir(),
         "use_cpu": not cuda,
         "max_steps": 2,
         "per_device_train_batch_size": rows,

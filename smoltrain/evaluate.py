@@ -1,6 +1,6 @@
 """How good a model is on rows it has not seen: TRL's held-out loss, and exact match by generation."""
 
-from smoltrain.data.prepare import question
+from smoltrain.data.tokens import question
 
 NOT_QUALITY = ("_per_second", "_runtime", "_time", "_num_tokens", "epoch")  # endings of what Trainer reports besides
 

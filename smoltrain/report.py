@@ -59,7 +59,7 @@ def device_name(device: Any) -> str:
 
 def samples(rows: list[dict], before: list[str], after: list[str]) -> list[dict[str, str]]:
     """The first few held-out questions, what the data answers, and the replies of the starting and trained model."""
-    from smoltrain.data.prepare import question
+    from smoltrain.data.tokens import question
 
     return [
         {

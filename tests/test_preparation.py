@@ -7,7 +7,7 @@ from hydra.utils import instantiate
 from smoltrain.config import compose
 from smoltrain.data.encode import Chat, Conversations, Preferences
 from smoltrain.data.formats import recognise
-from smoltrain.data.prepare import Pass
+from smoltrain.data.tokens import Pass
 
 SYSTEM, USER = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Ann has 2 and 3 more"}
 REPLY, OTHER = {"role": "assistant", "content": "2 + 3 = 5."}, {"role": "assistant", "content": "6, I think"}

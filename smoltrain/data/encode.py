@@ -5,9 +5,10 @@ An encoder names the kinds of rows it takes and turns a batch of them into colum
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -103,6 +104,28 @@ class Chat:
     @cached_property
     def eos(self) -> int:
         return self.tokenizer.eos_token_id
+
+
+class Encoder(Protocol):
+    """What a trainer eats: the `encode` of its YAML.
+
+    `kinds` are those of `formats` that it takes. `rows_a_forward` says how many sequences a row becomes,
+    `last_turn_only` whether only a conversation's last reply is learned.
+    """
+
+    rows_a_forward: ClassVar[int]
+
+    @property
+    def kinds(self) -> Sequence[str]: ...
+    @property
+    def last_turn_only(self) -> bool: ...
+    def columns(self, kind: str) -> dict[str, pa.DataType]: ...
+    def encode(self, rows: list[dict], chat: Chat) -> list[Encoded]: ...
+    def cut(self, row: Encoded, max_length: int) -> Encoded: ...
+    def conversation(self, row: dict) -> dict | None: ...
+    def segments(self, row: dict) -> list[tuple[list[int], str]]: ...
+    def balance(self, rows: Dataset) -> dict[str, float] | None: ...
+    def feed(self, trainer: partial) -> partial: ...
 
 
 @dataclass(frozen=True)

@@ -1,33 +1,22 @@
-"""From sources to what a trainer is given: one cached pass over the rows, then splits and mixtures of their numbers."""
+"""From sources to what a trainer is given: the pass over each of them (`tokens`), then splits and mixtures."""
 
-import dataclasses
-import hashlib
-import json
-import os
 from collections import Counter
 from dataclasses import dataclass
 from functools import partial
-from importlib import metadata
 from itertools import zip_longest
-from pathlib import Path
 from typing import Any
 
-import datasets
-import multiprocess
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
-from datasets import Dataset, Features, IterableDataset, concatenate_datasets, interleave_datasets
+from datasets import Dataset, IterableDataset, concatenate_datasets, interleave_datasets
 
 from smoltrain.config import ConfigError, suggest
-from smoltrain.data.encode import Chat, Encoded
+from smoltrain.data.encode import Chat, Encoder
 from smoltrain.data.formats import Shape, recognise
 from smoltrain.data.messages import RowError
 from smoltrain.data.sources import Source
 from smoltrain.data.splits import (
-    ALL_PROMPT,
-    NO_TOKEN,
     TOO_LONG,
     Counts,
     Part,
@@ -48,15 +37,11 @@ from smoltrain.data.splits import (
     together,
 )
 from smoltrain.data.streams import Flow, by_share, first_rows, held_out_rows, nothing
-from smoltrain.data.templates import RenderError
+from smoltrain.data.tokens import Pass, cache_key, passed
 
 LOOKED_AT = 100  # rows read to recognise a shape, and to find the commonest faults before the long pass
 SHOWN = 3  # examples in a message
 STOPPING = ("first_exhausted", "all_exhausted")
-ROWS_PER_WORKER = 5_000  # below this a further process costs more than it brings
-COUNTED = dict.fromkeys(("whole", "length", "tokens", "trained", "lost"), pa.int32()) | {"cut": pa.bool_()}
-COUNTED |= dict.fromkeys(("identity", "question"), pa.int64())
-COUNTED |= dict.fromkeys(("remarks", "reason", "detail"), pa.string())
 
 
 @dataclass
@@ -132,116 +117,6 @@ class Origin:
 
 
 @dataclass
-class Pass:
-    """The pass over the rows of one source: what `Dataset.map` calls, in several processes, on batches of raw rows."""
-
-    shape: Shape
-    encoder: Any
-    chat: Chat
-    max_length: int | None
-    on_too_long: str
-    system_prompt: str | None
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        features = Features.from_arrow_schema(table.schema)  # where a column is of JSON, Arrow alone has its text
-        return self.over([features.decode_example(row) for row in table.to_pylist()])
-
-    def over(self, raw: list[dict]) -> pa.Table:
-        """Raw rows as tokens and what is counted of them, a line for each."""
-        seen = [self.canonical(row) for row in raw]
-        encoded = iter(self.encode([self.instructed(row) for row in seen if isinstance(row, dict)]))
-        lines = [self.line(row, next(encoded)) if isinstance(row, dict) else refused(row) for row in seen]
-        return pa.Table.from_pylist(lines, schema=self.schema)
-
-    @property
-    def schema(self) -> pa.Schema:
-        return pa.schema(list((self.encoder.columns(self.shape.kind) | COUNTED).items()))
-
-    def read(self, raw: dict) -> dict | RowError:
-        """A raw row as it is learned from, or why it cannot be read."""
-        row = self.canonical(raw)
-        return self.instructed(row) if isinstance(row, dict) else row
-
-    def canonical(self, raw: dict) -> dict | RowError:
-        """A raw row in canonical form: what it is held out by, whatever system prompt is put before it."""
-        try:
-            return self.shape.read(raw)
-        except RowError as error:
-            return error
-
-    def instructed(self, row: dict) -> dict:
-        """The row with `system_prompt`, where it is a conversation without one of its own."""
-        part = "prompt" if "prompt" in row else "messages"
-        if not self.system_prompt or part not in row or row[part][0]["role"] == "system":
-            return row
-        return row | {part: [{"role": "system", "content": self.system_prompt}, *row[part]]}
-
-    def encode(self, rows: list[dict]) -> list[Encoded]:
-        """The rows as tokens; one that its template refuses does not take the others with it."""
-        done: list[Encoded] = []
-        while rows:
-            try:
-                return done + self.encoder.encode(rows, self.chat)
-            except RenderError as error:
-                said = RowError(str(error), "messages", "refused by the chat template")
-                done += [*self.encode(rows[: error.index]), Encoded({}, 0, 0, error=said)]
-                rows = rows[error.index + 1 :]
-        return done
-
-    def line(self, row: dict, encoded: Encoded) -> dict[str, Any]:
-        """What is kept of one row: its tokens, what is counted, and why it is left out, where it is."""
-        if encoded.error:
-            return refused(encoded.error)
-        reason, cut, whole = None, False, encoded.length
-        if self.max_length is not None and encoded.length > self.max_length:
-            if self.on_too_long == "truncate":
-                encoded, cut = self.encoder.cut(encoded, self.max_length), True
-            else:
-                reason = TOO_LONG
-                encoded = dataclasses.replace(encoded, trained=0, lost=encoded.trained)
-        if reason is None and not encoded.trained:
-            reason = encoded.vain or (ALL_PROMPT if cut else NO_TOKEN)
-        asked = question(row)
-        return encoded.columns | {
-            "whole": whole,
-            "length": encoded.length,
-            "tokens": encoded.tokens,
-            "trained": encoded.trained,
-            "lost": encoded.lost,
-            "cut": cut,
-            "identity": identity(words(row)),
-            "question": identity(unweighed(asked)) if asked else 0,
-            "remarks": "; ".join(encoded.remarks) or None,
-            "reason": reason,
-        }
-
-
-def refused(error: RowError) -> dict[str, Any]:
-    return {"reason": error.reason, "detail": str(error)}
-
-
-def identity(content: Any) -> int:
-    """A number of 64 bits for the content of a row, the same on every machine."""
-    text = orjson.dumps(content, option=orjson.OPT_SORT_KEYS)
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
-
-
-def words(row: dict) -> dict:
-    """What is said in a row, whatever its replies weigh and are compared with: neither makes another row of it."""
-    said = {key: value for key, value in row.items() if key != "answer"}
-    return said | {key: unweighed(said[key]) for key in ("messages", "prompt", "chosen", "rejected") if key in said}
-
-
-def unweighed(messages: list[dict]) -> list[dict]:
-    return [{k: v for k, v in m.items() if k != "loss_weight"} if "loss_weight" in m else m for m in messages]
-
-
-def question(row: dict) -> list[dict]:
-    """What a reply answers: a pair's prompt, a conversation without its last turn, nothing in plain text."""
-    return row["prompt"] if "prompt" in row else row.get("messages", [])[:-1]
-
-
-@dataclass
 class Prepared:
     """Rows as a trainer takes them, training and held out, and all that is to be said of them.
 
@@ -290,7 +165,7 @@ class Data:
     weights: dict[str, float] | None = None
     stopping_strategy: str = "all_exhausted"
 
-    def prepare(self, encoder: Any, chat: Chat, max_length: int | None, sample: int | None = None) -> Prepared:
+    def prepare(self, encoder: Encoder, chat: Chat, max_length: int | None, sample: int | None = None) -> Prepared:
         """Reads, renders and tokenises every row once (or finds that done in the cache), splits, mixes and counts.
 
         A stream is prepared while it is read; with `sample`, its first rows stand for it. Raises ConfigError for rows
@@ -336,7 +211,7 @@ class Data:
         )
 
     def parts(
-        self, origin: Origin, encoder: Any, chat: Chat, max_length: int | None, how: Preparation
+        self, origin: Origin, encoder: Encoder, chat: Chat, max_length: int | None, how: Preparation
     ) -> dict[str, Part]:
         """Each split of a source after the pass."""
         parts = {}
@@ -349,12 +224,12 @@ class Data:
             worker = Pass(shape, encoder, chat, max_length, how.on_too_long, how.system_prompt)
             if how.on_bad_row == "error":
                 raise_if_first_unreadable(origin.source, split, numbers, first, worker)
-            done = passed(raw, worker, cache_key(origin, split, numbers, worker), how.workers)
+            done = passed(raw, worker, cache_key(origin.source.fingerprint, split, numbers, worker), how.workers)
             parts[split] = Part(done, numbers, raw, worker)
             raise_if_unfit(origin.source, split, parts[split], how)
         return parts
 
-    def flowing(self, encoder: Any, chat: Chat, max_length: int | None, how: Preparation) -> Prepared:
+    def flowing(self, encoder: Encoder, chat: Chat, max_length: int | None, how: Preparation) -> Prepared:
         """Streams: what is held out is read ahead, the rest is prepared and counted while it is trained on."""
         streams, sides, counts = [], {}, {}
         for name, origin in self.origins.items():
@@ -372,7 +247,12 @@ class Data:
             else:
                 split, tested = "test", first_rows(source.test, how.test_rows)
                 numbers = np.arange(len(tested))
-            part = Part(passed(tested, worker, cache_key(origin, split, numbers, worker), 1), numbers, tested, worker)
+            part = Part(
+                passed(tested, worker, cache_key(origin.source.fingerprint, split, numbers, worker), 1),
+                numbers,
+                tested,
+                worker,
+            )
             raise_if_unfit(source, split, part, how)
             flow = Flow(
                 worker, is_held_out, part.identity[part.fit], how.on_bad_row == "error", partial(source.where, "train")
@@ -441,42 +321,7 @@ class Data:
         )
 
 
-def passed(raw: Dataset, worker: Pass, key: str, workers: int | None) -> Dataset:
-    """The rows after the pass, from the cache where they were before."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "smoltrain"
-    folder.mkdir(parents=True, exist_ok=True)
-    processes = min(workers or os.cpu_count() or 1, len(raw) // ROWS_PER_WORKER)
-    try:
-        done = raw.with_format("arrow").map(
-            worker,
-            batched=True,
-            remove_columns=raw.column_names,
-            features=Features.from_arrow_schema(worker.schema),
-            num_proc=processes if processes > 1 else None,
-            new_fingerprint=key,
-            cache_file_name=str(folder / f"{key}.arrow"),
-            desc="Preparing rows",
-        )
-    except multiprocess.TimeoutError as error:  # datasets no longer waits for its workers: it has been interrupted
-        raise error.__context__ or error from None
-    return done.with_format(None)
-
-
-def cache_key(origin: Origin, split: str, numbers: np.ndarray, worker: Pass) -> str:
-    """A hash of all that the tokens of a source depend on, the tokenizer and this code included."""
-    tokenizer = worker.chat.tokenizer
-    parts = [
-        [origin.source.fingerprint, split, hashlib.sha256(numbers.tobytes()).hexdigest()],
-        [worker.shape.name, worker.shape.mapping, worker.system_prompt, worker.max_length, worker.on_too_long],
-        [repr(worker.encoder), worker.chat.variables],
-        [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, tokenizer.special_tokens_map],
-        [file.read_text() for file in sorted(Path(__file__).parent.glob("*.py"))],
-        [metadata.version(package) for package in ("tokenizers", "transformers", "jinja2")],
-    ]
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def same_columns(encoder: Any, shapes: dict[str, Shape]) -> list[str]:
+def same_columns(encoder: Encoder, shapes: dict[str, Shape]) -> list[str]:
     """The columns that a trainer takes. Raises ConfigError where sources would give it different ones."""
     columns = {name: list(encoder.columns(shape.kind)) for name, shape in shapes.items()}
     first = next(iter(columns.values()))
