@@ -72,7 +72,10 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
 def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     """The trainer that `cfg.trainer` describes, with everything live in it that the preflight found."""
     import torch
+    from datasets import IterableDataset
     from transformers import PrinterCallback, set_seed
+
+    from smoltrain.data.streams import BUFFER
 
     # TRL still calls activation checkpointing in transformers by its old names.
     warnings.filterwarnings(
@@ -82,11 +85,14 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with refusing("model"):
         model = found.checkpoint.model(found.chat.tokenizer)
+    rows = found.data.train
+    if isinstance(rows, IterableDataset):  # a trainer shuffles what it can index; a stream, it cannot
+        rows = rows.shuffle(seed=cfg.seed, buffer_size=BUFFER)
     with refusing("trainer"):
         trainer = found.encoder.feed(instantiate(cfg.trainer))(
             model=model,
             processing_class=found.chat.tokenizer,
-            train_dataset=found.data.train,
+            train_dataset=rows,
             eval_dataset=found.data.test,
             callbacks=callbacks,
         )

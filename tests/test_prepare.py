@@ -15,6 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+from smoltrain import train
 from smoltrain.config import ConfigError, compose
 from smoltrain.data import local, mixture, streams, tokens
 from smoltrain.data.encode import Chat, Conversations, Preferences, Untokenized
@@ -724,6 +725,18 @@ def test_a_bad_row_of_a_stream_is_named(chat, line):
     dropped = streamed(rows, on_bad_row="drop").prepare(Conversations("assistant"), chat, None)
     list(dropped.train)
     assert dropped.total("train").dropped == {"empty text": 1}
+
+
+def test_the_seed_of_a_run_orders_its_stream(folder):
+    lay([pair(i) for i in range(60)], "rows.jsonl")
+    stream = ["data.path=rows.jsonl", "data.streaming=true", "data.test_share=0.25", "trainer.args.max_steps=1"]
+
+    def order(*overrides: str) -> list[list[int]]:
+        cfg = resolvable(["data=local", *stream, *overrides])
+        return [row["input_ids"] for row in train.build(cfg, preflight(cfg), []).train_dataset]
+
+    first, again, other = order("seed=1"), order("seed=1"), order("seed=2")
+    assert first == again != other and sorted(first) == sorted(other)
 
 
 def test_too_long_is_an_error_in_a_stream_too(chat):

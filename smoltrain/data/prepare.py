@@ -257,7 +257,7 @@ class Data:
             flow = Flow(
                 worker, is_held_out, part.identity[part.fit], how.on_bad_row == "error", partial(source.where, "train")
             )
-            streams.append(flow.over(rows, how.seed))
+            streams.append(flow.over(rows))
             sides[name] = {"test": Side(part, np.full(len(tested), True), np.flatnonzero(part.fit))}
             counts[name] = {"train": flow.counts}
         names = same_columns(encoder, {name: splits["test"].part.worker.shape for name, splits in sides.items()})

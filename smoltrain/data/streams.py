@@ -82,11 +82,11 @@ class Flow:
     def names(self) -> list[str]:
         return list(self.worker.encoder.columns(self.worker.shape.kind))
 
-    def over(self, rows: IterableDataset, seed: int) -> IterableDataset:
-        """The stream of rows to learn from, shuffled within a buffer."""
+    def over(self, rows: IterableDataset) -> IterableDataset:
+        """The stream of rows to learn from, in their own order."""
         types = pa.schema(list(self.worker.encoder.columns(self.worker.shape.kind).items()))
         flowing = rows.map(self, batched=True, with_indices=True, batch_size=BATCH).select_columns(self.names)
-        return flowing.cast(Features.from_arrow_schema(types)).shuffle(seed=seed, buffer_size=BUFFER)
+        return flowing.cast(Features.from_arrow_schema(types))
 
 
 def as_rows(batch: dict[str, list]) -> list[dict]:
