@@ -23,7 +23,7 @@ from rich.text import Text
 
 from smoltrain import budget, report, runs
 from smoltrain.config import plain
-from smoltrain.data.encode import ENDLESS
+from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
 from smoltrain.preflight import Preflight, preflight, remarks
 from smoltrain.report import some
@@ -174,6 +174,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         "tokens_per_step": round(tokens * plan.effective_batch),
         "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest else 0.0,
         "longest": longest,
+        "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
     reference = (
         "ref_model" in inspect.signature(trainer.func).parameters
@@ -343,13 +344,13 @@ def show_rows(console: Console, facts: dict[str, Any]) -> None:
         histogram(console, facts["lengths"])
     if bias := facts["preferences"]:
         train = facts["rows"]["train"]
-        equal, nearly = train["dropped"].get(EQUAL, 0), "replies that are nearly the same"
+        dropped, odd = train["dropped"], train["remarks"]
         said = (
             f"chosen replies have {bias['chosen_tokens']:.0f} tokens on average, rejected ones "
             f"{bias['rejected_tokens']:.0f}; the chosen one is longer in {bias['chosen_longer']:.0%} of pairs, the "
-            f"rejected one in {bias['rejected_longer']:.0%}; equal {equal:,}, null "
-            f"{train['dropped'].get('null content', 0):,}, nearly equal {train['remarks'].get(nearly, 0):,}, prompt "
-            f"repeated in a reply {train['remarks'].get('the prompt in a reply', 0):,}"
+            f"rejected one in {bias['rejected_longer']:.0%}; equal {dropped.get(EQUAL, 0):,}, null "
+            f"{dropped.get('null content', 0):,}, nearly equal {odd.get(ALIKE, 0):,}, prompt repeated in a reply "
+            f"{odd.get(REPEATED_PROMPT, 0):,}"
         )
         console.print()
         told(console, [("pairs", said)])
@@ -434,7 +435,7 @@ def show_budget(console: Console, cost: dict[str, Any]) -> None:
     said = ", ".join(f"{part} {size(memory[part])}" for part in budget.PARTS if memory[part])
     kept = f"{some(disk['checkpoints'], 'checkpoint')} of {size(disk['checkpoint'])}, " if disk["checkpoints"] else ""
     lines = [
-        ("steps", f"{steps['total']:,}{epochs}"),
+        ("steps", f"{'at least ' * cost['at_least']}{steps['total']:,}{epochs}"),
         ("a step", some(steps["effective_batch"], "row") + tokens),
         (
             "memory",

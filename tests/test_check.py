@@ -622,3 +622,9 @@ def test_a_run_refuses_a_broken_file_and_leaves_nothing(unloadable, capfd):
     assert main(["data.path=mine.jsonl", "tracking=none"]) == 2
     assert "mine.jsonl line 31: completion: null content" in capfd.readouterr().err
     assert not [file for file in Path("multirun").rglob("*") if file.is_file()]
+
+
+def test_the_steps_of_packed_rows_are_a_lower_bound(checked):
+    packed = ("trainer.args.packing=true", "trainer.args.max_length=128", "check.step=false")
+    assert "at least" in checked(*FEW, *packed)[2]
+    assert "at least" not in checked(*FEW, *packed, "trainer.args.max_steps=7")[2]

@@ -26,6 +26,8 @@ ENDLESS = "a turn without its end"
 STRADDLING = "a token across the beginning of a reply, which serving would tokenise otherwise"
 EQUAL_CUT = f"{EQUAL} at max_length"
 OTHERS = "turns of others in a reply, which are learned as its own"
+ALIKE = "replies that are nearly the same"
+REPEATED_PROMPT = "the prompt in a reply"
 LONG = 20  # letters that a prompt needs for its repetition in a reply to mean anything
 TRAIN_ON = ("assistant", "last", "all", "weighted")
 
@@ -261,13 +263,13 @@ class Preferences:
         length = len(before) + max(len(chosen), len(rejected))
         remarks = [] if chat.stops(chosen) and chat.stops(rejected) else [ENDLESS]
         remarks += [] if exact else [STRADDLING]
-        remarks += ["replies that are nearly the same"] if alike(chosen, rejected) else []
+        remarks += [ALIKE] if alike(chosen, rejected) else []
         remarks += (
             [OTHERS] if any(m["role"] != "assistant" for part in ("chosen", "rejected") for m in row[part]) else []
         )
         asked = row["prompt"][-1]["content"]
         replies = [message["content"] for part in ("chosen", "rejected") for message in row[part]]
-        remarks += ["the prompt in a reply"] if len(asked) >= LONG and any(asked in reply for reply in replies) else []
+        remarks += [REPEATED_PROMPT] if len(asked) >= LONG and any(asked in reply for reply in replies) else []
         spelled = chat.spelled([m for part in ("prompt", "chosen", "rejected") for m in row[part]])
         return Encoded(columns, length, len(chosen) + len(rejected), remarks=(*remarks, *spelled))
 
