@@ -5,74 +5,23 @@ Imports nothing heavy: help, `--cfg job`, completion and config errors answer in
 
 import contextlib
 import gc
-import io
 import json
 import math
 import os
-import re
 import signal
 import sys
-from importlib import metadata
+import traceback
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from smoltrain.config import (
-    BASE,
-    COMPOSING,
-    CONF,
-    ConfigError,
-    compose,
-    defaults,
-    explain,
-    options,
-    register,
-    spelled_out,
-    stamp,
-    suggest,
-)
-from smoltrain.runs import Diverged, Interrupted, discard
+from smoltrain.config import CONF, ConfigError, suggest
+from smoltrain.usage import VERBS, overview
 
-USAGE = """\
-smoltrain: post-train small language models. What you ask for is what runs.
-
-  smoltrain [group=option …] [key=value …]     train, once
-  smoltrain -m key=value,value …               train once for each combination
-  smoltrain check [overrides]                  what a run would learn from and cost, before it starts
-  smoltrain launch                             choose interactively; prints the command it stands for
-  smoltrain dashboard                          look at the curves of all runs
-  smoltrain --cfg job [overrides]              print the config that would run, and run nothing
-"""
-
-CHECK = """\
-smoltrain check [overrides]: what a run would learn from and cost, before it starts
-
-  Reads, renders and tokenises every row as the run would, takes one step, and prints what it found.
-  The overrides are those of the run: smoltrain check trainer=dpo data.path=my.jsonl
-
-  --json FILE          writes all of it as JSON; with - to the standard output, where nothing else is printed then
-  --strict             exit code 1 where there are warnings
-  --config-dir FOLDER  YAML files of your own, as in a run
-  check.step=true      takes one real step on the longest batch, without learning from it; by default where the model
-                       is on this disk. false takes none, and leaves the time out
-
-Exit codes: 0 ready, 1 warnings and --strict, 2 errors: what would stop the run.
-Every run begins with the part of this that is cheap.
-"""
-
-EXAMPLES = """\
-Examples
-  smoltrain                                            SFT on the embedded model and data
-  smoltrain trainer=dpo model.from_run=latest          DPO from the last run
-  smoltrain trainer.args.learning_rate=5e-4 seed=1     any field of the trainer's config class
-  smoltrain -m trainer=sft,dpo seed=1,2                four runs
-  smoltrain --config-dir my_conf experiment=mine       with YAML files of your own
-
-Completion for bash: eval "$(smoltrain -sc install=bash)"      All of Hydra's flags: smoltrain --hydra-help
-"""
-
-# No telemetry; libraries' own bars only where someone looks, for what takes over a second, and gone when done.
-# What datasets logs as an error it raises too, and an error is said once.
-MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "TQDM_DELAY": "1", "TQDM_LEAVE": "", "DATASETS_VERBOSITY": "critical"}
+# No telemetry, no code of the hub; libraries' own bars only where someone looks, for what takes over a second, and gone
+# when done. What datasets logs as an error it raises too, and an error is said once.
+MANNERS = {"HF_HUB_DISABLE_TELEMETRY": "1", "USE_HUB_KERNELS": "NO", "DATASETS_VERBOSITY": "critical"}
+MANNERS |= {"TQDM_DELAY": "1", "TQDM_LEAVE": ""}
 if not sys.stderr.isatty():
     MANNERS["TQDM_DISABLE"] = "1"
 # Hydra's flags that are followed by a value.
@@ -84,16 +33,37 @@ VALUED = {
     "-cn",
     "--config-path",
     "-cp",
+    "--experimental-rerun",
     "--cfg",
     "-c",
     "--package",
     "-p",
 }
 
-# Flags with which nothing is run, or something else than the config of that name.
-LOOKING = {"--cfg", "-c", "--info", "-i", "--shell-completion", "-sc", "--hydra-help"}
-LOOKING |= {"--config-name", "-cn", "--config-path", "-cp", "--experimental-rerun"}
-VERBS = ("train", "check", "launch", "dashboard")
+FLAGS = {
+    "--cfg",
+    "-c",
+    "--info",
+    "-i",
+    "--hydra-help",
+    "--config-dir",
+    "-cd",
+    "--multirun",
+    "-m",
+    "--run",
+    "-r",
+    "--resolve",
+    "--package",
+    "-p",
+}
+# Flags of Hydra that would compose another config than ours, or unpickle one, and what to write instead.
+NOT_OURS = {
+    "--config-path": "a run is composed from smoltrain's conf; --config-dir adds a folder of your own beside it",
+    "--config-name": "a run is composed from config.yaml; a named set of changes to it is an experiment, experiment=…",
+    "--experimental-rerun": "it would unpickle a file; a run's report.md has the command that repeats it",
+    "--allow": "name what to allow, --allow my_package",
+}
+NOT_OURS |= {"-cp": NOT_OURS["--config-path"], "-cn": NOT_OURS["--config-name"]}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -102,38 +72,23 @@ def main(argv: list[str] | None = None) -> int:
     0 completed, 1 failed, 2 refused before training, 3 diverged, 143 preempted.
     """
     arguments = sys.argv[1:] if argv is None else argv
-    register()
-    stamp.cache_clear()
-    for name, value in MANNERS.items():
-        os.environ.setdefault(name, value)
-    verb, rest = (arguments[0], arguments[1:]) if arguments else ("train", [])
+    words = arguments[: arguments.index("--")] if "--" in arguments else arguments  # after it, another command's: Tab's
+    verb, rest = (arguments[0], arguments[1:]) if arguments and arguments[0].isidentifier() else ("train", arguments)
     try:
-        if verb == "launch":
-            from smoltrain.launch import launch
-
-            return launch(rest, start=train)
-        if verb == "dashboard":
-            from smoltrain.tracking import dashboard
-
-            if rest:
-                raise ConfigError(f"smoltrain dashboard takes no arguments, not {' '.join(rest)}")
-            with contextlib.suppress(KeyboardInterrupt):
-                dashboard()
+        if verb not in VERBS:
+            close = suggest(verb, VERBS) or "."
+            raise ConfigError(f"{verb}: there is no such verb{close} Verbs are {', '.join(VERBS)}")
+        if {"-sc", "--shell-completion"} & {word.partition("=")[0] for word in words}:
+            raise ConfigError("-sc: completion is not Hydra's here; smoltrain completion installs it")
+        if {"-h", "--help"} & set(words):
+            print(VERBS[verb] if arguments[0] == verb else overview(arguments), end="")
             return 0
-        if {"-h", "--help"} & set(arguments):
-            return print_help(arguments) if verb != "check" else print(CHECK, end="") or 0
-        if "--version" in arguments:
+        if "--version" in words:
+            from importlib import metadata
+
             print(f"smoltrain {metadata.version('smoltrain')}")
             return 0
-        if {"-sc", "--shell-completion"} & set(arguments):
-            return complete(arguments)
-        if verb.isidentifier() and verb not in VERBS:
-            raise ConfigError(
-                f"{verb}: there is no such verb{suggest(verb, VERBS) or '.'} Verbs are {', '.join(VERBS)}"
-            )
-        if verb == "check":
-            return check(rest)
-        return train(rest if verb == "train" else arguments)
+        return run(verb, rest)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -141,6 +96,62 @@ def main(argv: list[str] | None = None) -> int:
         return 143
     except BrokenPipeError:
         return 1
+
+
+def run(verb: str, arguments: list[str]) -> int:
+    """Runs a verb and returns its exit code. Each imports what it needs: Hydra costs 0.2 s, torch ten times that."""
+    if verb == "completion":
+        from smoltrain.completion import completion
+
+        return completion(arguments)
+    for name, value in MANNERS.items():
+        os.environ.setdefault(name, value)
+    from smoltrain.config.resolvers import register, stamp
+    from smoltrain.config.targets import allowing
+    from smoltrain.secrets import discreet_streams, leaky_overrides, refuse
+
+    sys.excepthook = failed
+    discreet_streams()
+    refuse(leaky_overrides(arguments))
+    register()
+    stamp.cache_clear()
+    with allowing(arguments) as rest:
+        return dispatch(verb, rest)
+
+
+def failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints an exception that ends the process, without the frames of Hydra that led to it."""
+    frames = []
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in ("hydra", "omegaconf"):
+            frames.append(trace)
+        trace = trace.tb_next
+    for frame in reversed(frames):
+        trace = TracebackType(trace, frame.tb_frame, frame.tb_lasti, frame.tb_lineno)
+    traceback.print_exception(error.with_traceback(trace))
+
+
+def dispatch(verb: str, arguments: list[str]) -> int:
+    """Runs a verb of those that compose a config, or look at runs."""
+    if verb == "check":
+        return check(arguments)
+    if verb in ("why", "show", "diff"):
+        from smoltrain.explain import explain
+
+        return explain(verb, arguments)
+    if verb == "launch":
+        from smoltrain.launch import launch
+
+        return launch(arguments, start=train)
+    if verb == "dashboard":
+        from smoltrain.tracking import dashboard
+
+        if arguments:
+            raise ConfigError(f"smoltrain dashboard takes no arguments, not {' '.join(arguments)}")
+        with contextlib.suppress(KeyboardInterrupt):
+            dashboard()
+        return 0
+    return train(arguments)
 
 
 def check(arguments: list[str]) -> int:
@@ -165,6 +176,9 @@ def check(arguments: list[str]) -> int:
             hydra += [flag] if value else [flag, next(remaining, "")]
         else:
             raise ConfigError(f"smoltrain check takes no {flag}; its flags are --json, --strict and --config-dir")
+    from smoltrain.config.compose import compose
+    from smoltrain.secrets import redacted
+
     try:
         cfg = compose(overrides, [*hydra, *overrides])
         from smoltrain.check import check as known
@@ -172,9 +186,9 @@ def check(arguments: list[str]) -> int:
         facts = known(cfg, strict, quiet=json_file == "-")
     except ConfigError as error:
         print(error, file=sys.stderr)
-        facts = {"warnings": [], "errors": [str(error)]}
+        facts = {"warnings": [], "errors": str(error).splitlines()}
     if json_file:
-        text = json.dumps(facts, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(redacted(facts), indent=1, ensure_ascii=False) + "\n"
         sys.stdout.write(text) if json_file == "-" else Path(json_file).write_text(text)
     return 2 if facts["errors"] else int(strict and bool(facts["warnings"]))
 
@@ -183,6 +197,9 @@ def train(arguments: list[str]) -> int:
     """Hydra composes, then `smoltrain.train.main` runs: once, or with -m once for each combination."""
     import hydra
     from hydra.core.hydra_config import HydraConfig
+
+    from smoltrain.config.compose import COMPOSING, explain, guard
+    from smoltrain.runs import Diverged, Interrupted, discard
 
     own = os.getpid()
 
@@ -228,7 +245,10 @@ def train(arguments: list[str]) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     flags, overrides = split(arguments)
     try:
-        if not any(flag.split("=")[0] in LOOKING for flag in flags):
+        check_flags(flags)
+        if {"--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}:
+            guard(overrides, [*flags, *overrides])
+        else:
             check_every_run(overrides, flags)
         if {"-m", "--multirun"} & set(flags):
             overrides += label_by_what_varies(overrides)
@@ -236,51 +256,77 @@ def train(arguments: list[str]) -> int:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except ConfigError:
         raise
-    except COMPOSING as error:
+    except (*COMPOSING, OSError) as error:
         if 1 in exits:  # not composing, but from within a run
             raise
-        raise ConfigError(explain(error)) from error
-    except OSError as error:
-        if 1 in exits:
-            raise
-        raise ConfigError(f"cannot write the run's directory: {error}") from error
+        said = f"cannot write the run's directory: {error}" if isinstance(error, OSError) else explain(error, arguments)
+        raise ConfigError(said) from error
     return max(exits, default=0)
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
     """The flags, each with its value, in one place, as argparse wants them; and the overrides, spelled out."""
+    from smoltrain.config.overrides import spelled_out
+
     flags: list[str] = []
     overrides: list[str] = []
     valued = False
     for argument in arguments:
         if not (valued or argument.startswith(("-", "~")) or "=" in argument):
-            raise ConfigError(stray(argument))
+            raise ConfigError(stray(argument, flags[-1] if flags else ""))
         (flags if valued or argument.startswith("-") else overrides).append(argument)
         valued = argument in VALUED
     return flags, spelled_out(overrides)
 
 
-def stray(argument: str) -> str:
-    """What somebody may have meant by an argument that is neither a flag nor key=value."""
+def stray(argument: str, flag: str) -> str:
+    """What somebody may have meant by an argument that is neither a flag nor key=value; `flag` is the last one."""
+    if flag.startswith("--") and flag not in FLAGS | {"--strict"}:
+        key = flag.removeprefix("--")
+        return f"{flag} {argument}: there is no such flag{suggest(flag, FLAGS) or f'; write {key}={argument}'}"
     if argument in VERBS:
         return f"{argument}: a verb comes first, smoltrain {argument} …"
-    mend = (
-        f"did you mean data.path={argument}?" if Path(argument).suffix or Path(argument).exists() else "write key=value"
-    )
+    mend = f"did you mean data.path={argument}?" if Path(argument).exists() else "write key=value"
     return f"{argument}: not an override; {mend}"
+
+
+def check_flags(flags: list[str]) -> None:
+    """Raises ConfigError for a flag that a run does not take; argparse would complete what begins like one."""
+    valued, before = False, ""
+    for flag in flags:
+        name = flag.partition("=")[0]
+        if valued and flag.startswith("-"):
+            raise ConfigError(f"{flag}: the flag before it needs a value")
+        if not valued and name not in FLAGS:
+            known = FLAGS | {"--help", "--version", "--allow"}
+            mend = NOT_OURS.get(name) or f"there is no such flag{suggest(name, known)}"
+            raise ConfigError(f"{flag}: {mend}")
+        if valued and before in ("--cfg", "-c") and flag not in ("job", "hydra", "all"):
+            raise ConfigError(f"{before} {flag}: choose one of job, hydra, all")
+        valued, before = not valued and flag in VALUED, flag
+    if valued:
+        raise ConfigError(f"{flags[-1]}: it needs a value")
 
 
 def check_every_run(overrides: list[str], flags: list[str]) -> None:
     """Composes and checks the run, or every combination of a grid, before anything starts or is written anywhere."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.core.override_parser.types import Glob
 
-    if any(override.startswith("hydra/sweeper") for override in overrides):
-        return  # another sweeper chooses its values on the way
-    grid = BasicSweeper.split_arguments(OverridesParser.create().parse_overrides(overrides), None)
-    for batch in grid if {"-m", "--multirun"} & set(flags) else [[overrides]]:
-        for run in batch:
-            compose([o for o in run if not o.startswith("hydra.")], [*flags, *overrides])
+    from smoltrain.config.compose import compose, guard
+    from smoltrain.config.overrides import read
+
+    parsed = [found for override in overrides if (found := read(override))]
+    if globbed := [o.input_line for o in parsed if isinstance(o._value, Glob)]:
+        raise ConfigError(f"{globbed[0]}: name the options, separated by commas")
+    if not {"-m", "--multirun"} & set(flags) or len(parsed) < len(overrides):
+        compose(overrides, [*flags, *overrides])
+    elif any(override.startswith("hydra/sweeper") for override in overrides):  # it chooses values on the way
+        guard([o.input_line for o in parsed if o.input_line and not o.is_sweep_override()], [*flags, *overrides])
+    else:
+        for batch in BasicSweeper.split_arguments(parsed, None):
+            for one in batch:
+                compose(one, [*flags, *overrides])
 
 
 def label_by_what_varies(overrides: list[str]) -> list[str]:
@@ -290,25 +336,6 @@ def label_by_what_varies(overrides: list[str]) -> list[str]:
     parsed = OverridesParser.create().parse_overrides(overrides)
     shared = [f"'{o.key_or_group}'" for o in parsed if not o.is_sweep_override() and o.key_or_group]
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"] if shared else []
-
-
-def print_help(arguments: list[str]) -> int:
-    """One screen: the verbs, each group with its options and what they are, examples."""
-    print(USAGE)
-    for group in defaults():
-        print(group)
-        for option, text in options(group, arguments).items():
-            print(f"  {option:24}{text}")
-    print("\n" + EXAMPLES, end="")
-    return 0
-
-
-def complete(arguments: list[str]) -> int:
-    """Prints what Hydra has for the shell, less the parts of each group that are not options."""
-    with contextlib.redirect_stdout(io.StringIO()) as hydras:
-        code = train(arguments)
-    print(re.sub(rf"\S+={BASE}(\s|$)", "", hydras.getvalue()), end="")
-    return code
 
 
 if __name__ == "__main__":

@@ -85,7 +85,7 @@ def about(cfg: DictConfig, found: Preflight) -> dict[str, Any]:
         for split, counts in facts["rows"].items():
             facts["warnings"] += report.losses(split, counts, limit)
         if found.trainer is not None and found.skeleton is not None:
-            facts["warnings"] += remarks(found)
+            facts["warnings"] += remarks(cfg, found)
     return facts
 
 

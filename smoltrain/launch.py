@@ -19,7 +19,12 @@ from rich.prompt import Confirm, Prompt
 from rich.text import Text
 
 from smoltrain import runs
-from smoltrain.config import ConfigError, compose, defaults, fields, options, plain, quoted, suggest
+from smoltrain.config import ConfigError, plain, suggest
+from smoltrain.config.compose import compose
+from smoltrain.config.groups import defaults, options
+from smoltrain.config.overrides import quoted
+from smoltrain.config.signatures import signature
+from smoltrain.config.targets import allowed
 from smoltrain.report import outcome
 
 TRAINER_TYPE = "trainer type"  # as the list of training parameters calls it
@@ -42,10 +47,8 @@ def launch(arguments: list[str], start: Callable[[list[str]], int]) -> int:
 
 def flags(arguments: list[str]) -> list[str]:
     """The flags that the launcher takes, which the run is started with too. Any other ends the process."""
-    parser = argparse.ArgumentParser(
-        "smoltrain launch", description="Choose a run interactively; prints the command it stands for."
-    )
-    parser.add_argument("--config-dir", "-cd", metavar="FOLDER", help="your own YAML files, as choices beside ours")
+    parser = argparse.ArgumentParser("smoltrain launch", add_help=False)  # `usage` has its screen
+    parser.add_argument("--config-dir", "-cd", metavar="FOLDER")
     folder = parser.parse_args(arguments).config_dir
     if folder is None:
         return []
@@ -71,7 +74,7 @@ class Launcher:
 
     @property
     def command(self) -> str:
-        return shlex.join(["smoltrain", *self.flags, *self.overrides])
+        return shlex.join(["smoltrain", *(f"--allow={name}" for name in allowed()), *self.flags, *self.overrides])
 
     # ------------------------------------------------------------ the questions
 
@@ -159,7 +162,7 @@ class Launcher:
     def change(self, name: str, value: str) -> bool:
         """Sets a field of `trainer.args`, whether or not the config has set it yet; asks for a value not yet given."""
         args = self.config.trainer.args
-        known = {*parameters(args), *fields(args._target_)}
+        known = {*parameters(args), *signature(args._target_).parameters}
         if name not in known:
             self.say(f"{name} is neither a number of the list nor a field of {args._target_}{suggest(name, known)}")
             return False

@@ -1,12 +1,15 @@
 """Models and their tokenizers: from the hub, a folder, this package, or a finished run."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
-from smoltrain.config import CONF, ConfigError, package_folder
+from smoltrain.config import CONF, ConfigError
+from smoltrain.config.signatures import package_folder
 
 
 @dataclass
@@ -20,8 +23,8 @@ class Checkpoint:
     name_or_path: str
     revision: str
     from_run: str | None
-    dtype: str
-    attn_implementation: str
+    dtype: Literal["float32", "bfloat16", "float16"]
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"]
     chat_template: str | None
     chat_template_kwargs: dict[str, Any] | None
     template_date: str
@@ -39,6 +42,10 @@ class Checkpoint:
             return str(Path(self.from_run) / "model")
         name = locate(self.name_or_path)
         if Path(name).is_dir():
+            if self.revision != "main":
+                raise ConfigError(
+                    f"model.revision={self.revision}: {self.name_or_path} is a folder and has no revisions"
+                )
             return name
         from huggingface_hub import snapshot_download
 
@@ -64,7 +71,8 @@ class Checkpoint:
 
         from smoltrain.data.templates import training_template
 
-        tokenizer = AutoTokenizer.from_pretrained(self.source)
+        with self.as_data():
+            tokenizer = AutoTokenizer.from_pretrained(self.source, trust_remote_code=False)
         if tokenizer.backend_tokenizer is None:
             raise ConfigError(f"model {self.name_or_path}: its tokenizer has no fast form, which preparing data needs")
         if self.chat_template:
@@ -82,13 +90,27 @@ class Checkpoint:
         tokenizer.chat_template = training_template(tokenizer, self.template_date)
         return tokenizer
 
+    @contextmanager
+    def as_data(self) -> Iterator[None]:
+        """Says of a model that comes with code of its own that this is not run; transformers' advice is to run it."""
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise ConfigError(
+                f"model.name_or_path={self.name_or_path}: it comes with code of its own, which smoltrain does not run; "
+                "choose a model whose architecture transformers has"
+            ) from error
+
     def config(self) -> Any:
         """The architecture."""
         from transformers import AutoConfig
 
         adapter = Path(self.source) / "adapter_config.json"
         source = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.exists() else self.source
-        config = AutoConfig.from_pretrained(source)
+        with self.as_data():
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         config._attn_implementation = self.attn_implementation
         return config
 
@@ -101,8 +123,6 @@ class Checkpoint:
         from transformers import AutoModelForCausalLM
         from transformers.quantizers.auto import AutoHfQuantizer
 
-        if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
-            raise ConfigError(f"model.dtype={self.dtype}: not a torch dtype; float32, bfloat16 and float16 are")
         folder = Path(self.source)
         if folder.is_dir() and not [*folder.glob("*.safetensors"), *folder.glob("*.bin")]:
             raise ConfigError(f"model.name_or_path={self.name_or_path}: no weights (*.safetensors, *.bin) in {folder}")
@@ -127,6 +147,7 @@ class Checkpoint:
         adapter = (Path(self.source) / "adapter_config.json").exists()
         model = AutoModelForCausalLM.from_pretrained(
             merged(Path(self.source)) if adapter else self.source,
+            trust_remote_code=False,  # unset, transformers asks on the terminal whether to run code
             dtype=self.dtype,
             attn_implementation=self.attn_implementation,
             quantization_config=self.quantization_config,
@@ -167,8 +188,11 @@ def locate(name_or_path: str) -> str:
 
 def read_chat_template(name: str) -> str:
     """The text of a chat template: one of conf/chat_template by its name, or any .jinja file by its path."""
-    file = Path(name) if name.endswith(".jinja") else CONF / "chat_template" / f"{name}.jinja"
-    if not file.is_file():
-        choices = ", ".join(sorted(f.stem for f in (CONF / "chat_template").glob("*.jinja")))
+    from smoltrain.data.templates import shipped
+
+    own = name.endswith(".jinja")
+    if not (Path(name).is_file() if own else name in shipped()):
+        choices = ", ".join(shipped())
         raise ConfigError(f"model.chat_template={name}: no such file; choose one of {choices}, or a path to a .jinja")
+    file = Path(name) if own else CONF / "chat_template" / f"{name}.jinja"
     return file.read_text()

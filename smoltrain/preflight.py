@@ -4,16 +4,17 @@ import inspect
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from datasets import IterableDataset
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from smoltrain import budget
-from smoltrain.config import ConfigError, plain, refusing, suggest
+from smoltrain.config import ConfigError, refusing, rules, shown, suggest
+from smoltrain.config.targets import instantiate
+from smoltrain.config.validate import resolved
 from smoltrain.data.encode import Chat
 from smoltrain.data.splits import FEW
 from smoltrain.data.templates import faults
@@ -79,15 +80,14 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
     with found.part("encode"):
         found.encoder = instantiate(cfg.encode)
     with found.part("trainer"):
-        found.errors += misnamed(plain(cfg.trainer.args)) + without_device(cfg.trainer.args.use_cpu)
+        found.errors += without_device(cfg.trainer.args.use_cpu)
         if not any(error.startswith("trainer.args.") for error in found.errors):
             found.trainer = instantiate(cfg.trainer)
-            found.errors += unknown_loss(found.trainer.func, found.args)
-            found.errors += without_metric(found.args) + without_limit(found.args)
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
     if found.skeleton is not None and found.trainer is not None:
         found.errors += without_target(found.skeleton, found.trainer.keywords["peft_config"])
+        found.errors += without_experts(found.skeleton, getattr(found.args, "router_aux_loss_coef", None))
         with found.part("trainer.args.optim"):
             found.trainer.func.get_optimizer_cls_and_kwargs(found.args, found.skeleton)
     with found.part("data"):
@@ -100,33 +100,15 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
                 named = str(error).replace("the trainer eats", f"{cfg.trainer._target_} eats", 1)
                 raise ConfigError(named) from None
             compare_with_serving(found)
+    if found.data is not None and found.skeleton is not None:
+        longest = found.data.lengths.max(initial=0)
+        found.errors += without_position(found.skeleton, longest, cfg.trainer.args.max_length)
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
         found.errors += unmeasured(cfg, found) + ([] if found.streamed else without_batch(found.args, rows))
         with found.part("trainer.args.lr_scheduler_type"):
             schedule(found.args, budget.steps(max(rows, 1), found.args).total)
     return found
-
-
-def misnamed(args: dict[str, Any]) -> list[str]:
-    """The fields of `trainer.args` that name something which transformers does not have."""
-    from transformers import TrainingArguments
-    from transformers.trainer_utils import IntervalStrategy, SaveStrategy, SchedulerType
-    from transformers.training_args import OptimizerNames
-
-    kinds: dict[str, Any] = {
-        "lr_scheduler_type": SchedulerType,
-        "optim": OptimizerNames,
-        "eval_strategy": IntervalStrategy,
-    }
-    kinds |= {"logging_strategy": IntervalStrategy, "save_strategy": SaveStrategy}
-    problems = []
-    choices = {key: [str(name.value) for name in kind] for key, kind in kinds.items()}
-    choices |= {f.name: f.metadata["choices"] for f in fields(TrainingArguments) if f.metadata.get("choices")}
-    for key, known in choices.items():
-        if isinstance(given := args.get(key), str) and given not in known:
-            problems.append(f"trainer.args.{key}={given}: choose one of {', '.join(known)}{suggest(given, known)}")
-    return problems
 
 
 def unread_variables(chat: Chat) -> list[str]:
@@ -149,34 +131,6 @@ def source(trainer: type) -> str:
     return "".join(inspect.getsource(kind) for kind in trainer.__mro__ if kind.__module__.startswith("trl."))
 
 
-def unknown_loss(trainer: type, args: Any) -> list[str]:
-    """A loss that TRL would only miss once the model is loaded; the names are those that its own code compares with."""
-    losses = getattr(args, "loss_type", None) or []
-    text = source(trainer)
-    known = set(re.findall(r'loss_type == "(\w+)"', text))
-    for group in re.findall(r"loss_type (?:not )?in [\[({]([^\])}]*)[\])}]", text):
-        known |= set(re.findall(r'"(\w+)"', group))
-    unknown = [loss for loss in ([losses] if isinstance(losses, str) else losses) if known and loss not in known]
-    return [
-        f"trainer.args.loss_type={loss}: {trainer.__name__} knows {', '.join(sorted(known))}{suggest(loss, known)}"
-        for loss in unknown
-    ]
-
-
-def without_metric(args: Any) -> list[str]:
-    """What transformers refuses once the model is loaded: to keep the best of what is never compared."""
-    if args.save_strategy == "best" and args.metric_for_best_model is None:
-        return ["trainer.args.save_strategy=best: set trainer.args.metric_for_best_model too, e.g. to eval_loss"]
-    return []
-
-
-def without_limit(args: Any) -> list[str]:
-    """What TRL refuses once the model is loaded: to pack rows into nothing."""
-    if getattr(args, "packing", False) and args.max_length is None:
-        return ["trainer.args.max_length=null: packing fills rows up to it; set it, or trainer.args.packing=false"]
-    return []
-
-
 def without_target(skeleton: Any, peft_config: Any) -> list[str]:
     """LoRA targets that match no layer of the model. PEFT itself says so only where none of them matches one."""
     targets = getattr(peft_config, "target_modules", None)
@@ -193,6 +147,24 @@ def without_target(skeleton: Any, peft_config: Any) -> list[str]:
         f"{', '.join(sorted(linear))}, and all-linear means all of them but the head"
         for target in lacking
     ]
+
+
+def without_experts(skeleton: Any, coefficient: float | None) -> list[str]:
+    """The weight of a loss that only mixtures of experts have, which TRL says once the model is loaded."""
+    if coefficient and not hasattr(skeleton.config.get_text_config(), "output_router_logits"):
+        return [f"trainer.args.router_aux_loss_coef={coefficient}: this model has no experts to balance; leave it out"]
+    return []
+
+
+def without_position(skeleton: Any, longest: int, max_length: int | None) -> list[str]:
+    """Rows that are longer than what the model was made for; one without positions, as Mamba, knows no limit."""
+    known = getattr(skeleton.config.get_text_config(), "max_position_embeddings", None)
+    if known and longest > known:
+        return [
+            f"trainer.args.max_length={shown(max_length)}: rows have up to {longest:,} tokens, and the model was made "
+            f"for {known:,}; set it to that at most"
+        ]
+    return []
 
 
 def without_batch(args: Any, rows: int) -> list[str]:
@@ -247,9 +219,9 @@ def compare_with_serving(found: Preflight) -> None:
     found.compared = len(told)
 
 
-def remarks(found: Preflight) -> list[str]:
+def remarks(cfg: DictConfig, found: Preflight) -> list[str]:
     """What is odd about a run but does not stop it, besides what becomes of single rows (`report.losses`)."""
-    odd, data, args = [], found.data, found.args
+    odd, data, args = rules.remarks(resolved(cfg)[0]), found.data, found.args
     if data.repeated_questions:
         many = data.repeated_questions
         odd.append(f"test: {some(many, 'held-out row')} {'asks' if many == 1 else 'ask'} what a training row asks too")
@@ -266,14 +238,6 @@ def remarks(found: Preflight) -> list[str]:
     held_out = data.total("test").kept
     if held_out < FEW:
         odd.append(f"test: {some(held_out, 'row')} held out: what is measured there says little; raise data.test_share")
-    longest = data.lengths.max(initial=0)
-    # Models without positions, as Mamba, know no limit.
-    known = getattr(found.skeleton.config.get_text_config(), "max_position_embeddings", None)
-    if known and longest > known:
-        odd.append(
-            f"train: rows have up to {longest:,} tokens, and the model was made for {known:,}; lower "
-            f"trainer.args.max_length={args.max_length}"
-        )
     return odd
 
 

@@ -266,7 +266,8 @@ def command(record: dict[str, Any]) -> str:
     """The command line that stands for a run; of a sweep's run, for that one alone."""
     folders = record["config_dirs"]
     own = ["--config-dir", *folders] if len(folders) == 1 else [f"hydra.searchpath=[{','.join(folders)}]"]
-    return shlex.join(["smoltrain", *(own if folders else []), *record["overrides"]])
+    allowed = [f"--allow={name}" for name in record["allowed"]]
+    return shlex.join(["smoltrain", *allowed, *(own if folders else []), *record["overrides"]])
 
 
 def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:

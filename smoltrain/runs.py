@@ -14,12 +14,13 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
-
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from typing import TYPE_CHECKING, Any
 
 from smoltrain.config import ConfigError, plain
+from smoltrain.secrets import redacted
+
+if TYPE_CHECKING:  # completion reads records too, and has no time for these
+    from omegaconf import DictConfig
 
 ROOT = Path("multirun")
 VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
@@ -55,12 +56,14 @@ class Run:
     def __init__(
         self,
         directory: str | Path,
-        cfg: DictConfig,
+        cfg: "DictConfig",
         choices: dict[str, str],
         overrides: list[str],
         parent: dict[str, str] | None,
         on_end: Callable[[Path], None],
     ) -> None:
+        from smoltrain.config.targets import allowed
+
         self.directory = Path(directory)
         self.on_end = on_end
         self.watchers: list[Any] = []
@@ -74,6 +77,7 @@ class Run:
             "config_hash": config_hash(config, parent),
             "choices": choices,
             "config_dirs": own_folders(),
+            "allowed": allowed(),
             "overrides": overrides,
             "seed": cfg.seed,
             "parent": parent,
@@ -109,13 +113,13 @@ class Run:
 
     def note(self, **facts: Any) -> None:
         """Adds facts to the record and writes it, whole or not at all."""
-        self.record |= facts
+        self.record = redacted(self.record | facts)
         write_atomically(self.directory / "run.json", json.dumps(self.record, indent=1) + "\n")
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
         with (self.directory / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+            file.write(json.dumps({"step": step, **redacted(values)}) + "\n")
 
     def watch(self, watchers: list[Any]) -> None:
         """Tells each watcher that the run begins, and later that it ended."""
@@ -179,6 +183,8 @@ def config_hash(config: dict, parent: dict[str, str] | None) -> str:
 
 def own_folders() -> list[str]:
     """The folders of YAML, beside ours, that the run in this process was composed from; absolute paths."""
+    from hydra.core.hydra_config import HydraConfig
+
     sources = HydraConfig.get().runtime.config_sources
     return [str(Path(s.path).absolute()) for s in sources if s.schema == "file" and s.provider != "main"]
 

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from smoltrain import report, runs
-from smoltrain.config import ConfigError, refusing, validate
+from smoltrain.config import ConfigError, refusing
+from smoltrain.config.targets import instantiate
+from smoltrain.config.validate import validate
 
 
 def main(cfg: DictConfig) -> float:
@@ -40,7 +41,7 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
     found = preflight(cfg)
     found.refuse()
     chat, data = found.chat, found.data
-    run.note(**report.rows(data, chat.tokenizer), warnings=remarks(found))
+    run.note(**report.rows(data, chat.tokenizer), warnings=remarks(cfg, found))
     report.data(run)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
@@ -74,6 +75,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     import torch
     from datasets import IterableDataset
     from transformers import PrinterCallback, set_seed
+    from transformers import trainer as module
 
     from smoltrain.data.streams import BUFFER
 
@@ -97,6 +99,8 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
             callbacks=callbacks,
         )
     trainer.remove_callback(PrinterCallback)  # Progress prints
+    # A pickle of all arguments, beside every checkpoint, that nothing reads: it is written to nowhere.
+    module.TRAINING_ARGS_NAME = os.devnull
     trainer.create_model_card = lambda **_: None  # TRL's names no model, and would replace a README.md of the user's
     return trainer
 

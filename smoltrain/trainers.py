@@ -34,22 +34,8 @@ def given_tokens(trainer: partial) -> partial:
 def weighing(trainer: partial) -> partial:
     """An SFTTrainer that multiplies the log-probability of each token by its `loss_weights`.
 
-    Raises ConfigError for what leaves no log-probability to weigh, or puts tokens of other rows beside it.
+    What leaves none to weigh, or puts tokens of other rows beside it, is refused by `config.rules`.
     """
-    args = trainer.keywords["args"]
-    for key, needed in {
-        "packing": (False,),
-        "eval_packing": (None, False),
-        "padding_free": (False,),
-        "loss_type": ("nll",),
-        "label_smoothing_factor": (0,),
-    }.items():
-        if getattr(args, key) not in needed:
-            value = str(needed[0]).lower() if needed[0] is False else needed[0]
-            raise ConfigError(
-                f"encode.train_on=weighted with trainer.args.{key}={getattr(args, key)}: "
-                f"the weights need trainer.args.{key}={value}"
-            )
     given = given_tokens(trainer)
 
     class Weighing(given.func):  # type: ignore[name-defined]

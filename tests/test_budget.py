@@ -174,7 +174,7 @@ def test_a_real_step_leaves_no_trace():
     random = torch.get_rng_state()
     taken = step(trainer, batch)
     assert taken.seconds > 0
-    assert taken.peak is None or taken.peak > sum(p.numel() * 4 for p in trainer.model.parameters())
+    assert taken.peak is None or taken.peak >= sum(p.numel() * 4 for p in trainer.model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     assert all(p.grad is None for p in trainer.model.parameters())

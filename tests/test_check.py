@@ -115,7 +115,7 @@ def test_json_alone_on_the_standard_output(capfd):
     assert main(["check", *FEW, "check.step=false", "--json", "-"]) == 0
     assert json.loads(capfd.readouterr().out)["errors"] == []
     assert main(["check", "--json", "-", "trainer.args.lerning_rate=1"]) == 2
-    assert "did you mean learning_rate" in json.loads(capfd.readouterr().out)["errors"][0]
+    assert "did you mean trainer.args.learning_rate" in json.loads(capfd.readouterr().out)["errors"][0]
 
 
 def test_a_stream_is_looked_at_and_has_to_be_told_its_end(checked):
@@ -205,9 +205,12 @@ STOPPERS = {
         r"trainer.args.lr_scheduler_type: .*min_lr",
     ),
     "optimizer": (["trainer.args.optim=adam_torch"], r"trainer.args.optim=adam_torch: .*did you mean adamw_torch"),
-    "optimizer lacks": (["trainer.args.optim=galore_adamw"], r"trainer.args.optim: .*install `galore_torch`"),
+    "optimizer lacks": (
+        ["trainer.args.optim=galore_adamw", "trainer.args.optim_target_modules=all-linear"],
+        r"trainer.args.optim: .*install `galore_torch`",
+    ),
     "strategy": (["trainer.args.eval_strategy=step"], r"trainer.args.eval_strategy=step: .*did you mean steps"),
-    "order": (["trainer.args.train_sampling_strategy=grup"], r"train_sampling_strategy=grup: choose one of random"),
+    "order": (["trainer.args.train_sampling_strategy=grup"], r"train_sampling_strategy=grup: .* one of random"),
     "max_length": (["trainer.args.max_length=-5"], r"trainer.args.max_length=-5: at least 1"),
     "empty batch": (["trainer.args.per_device_train_batch_size=0"], r"per_device_train_batch_size=0: at least 1"),
     "no step": (["trainer.args.max_steps=0"], r"trainer.args.max_steps=0: at least 1, or -1"),
@@ -224,14 +227,21 @@ STOPPERS = {
         r"data.streaming=true: its rows are counted as they are read.*dataloader_num_workers=0",
     ),
     "loss of DPO": (["trainer=dpo", "trainer.args.loss_type=sigmod"], r"loss_type=sigmod: DPOTrainer knows .*sigmoid"),
-    "loss of SFT": (["trainer.args.loss_type=nlll"], r"loss_type=nlll: SFTTrainer knows dft, nll"),
-    "best": (["trainer.args.load_best_model_at_end=true"], r"save and eval strategy to match"),
+    "loss of SFT": (["trainer.args.loss_type=nlll"], r"loss_type=nlll: .*one of nll, dft"),
+    "best": (
+        ["trainer.args.load_best_model_at_end=true"],
+        r"load_best_model_at_end=true: the best is found by evaluating",
+    ),
     "best of what": (["trainer.args.save_strategy=best", "trainer.args.eval_strategy=steps"], r"metric_for_best_model"),
     "metric": (
-        ["trainer.args.metric_for_best_model=eval_los"],
+        [
+            "trainer.args.metric_for_best_model=eval_los",
+            "trainer.args.save_strategy=best",
+            "trainer.args.eval_strategy=steps",
+        ],
         r"metric_for_best_model=eval_los: .*did you mean eval_loss",
     ),
-    "objective": (["objective=exactmatch"], r"objective=exactmatch: not measured here.*did you mean exact_match"),
+    "objective": (["objective=exactmatch"], r"objective=exactmatch: what is measured is called"),
     "objective of DPO": (
         ["objective=eval_rewards/accuracies"],
         r"objective=.*: not measured here; choose one of .*eval_loss",
@@ -241,7 +251,7 @@ STOPPERS = {
     "weights": (["model.name_or_path=./bare"], r"name_or_path=./bare: no weights", no_weights),
     "no template": (["model.name_or_path=./bare"], r"model.chat_template: .*no chat template.*chatml", no_template),
     "embedding": (["model.name_or_path=./bare"], r"\d+ tokens in the tokenizer, 100 in the model", large_tokenizer),
-    "dtype": (["model.dtype=float99"], r"model.dtype=float99: not a torch dtype"),
+    "dtype": (["model.dtype=float99"], r"model.dtype=float99: .* takes one of float32, bfloat16"),
     "end of turn": (["model.eos_token=<nope>"], r"model.eos_token=<nope>: not a token"),
     "LoRA": (
         ["peft=lora", "trainer.peft_config.target_modules=[q_prj]"],
@@ -266,11 +276,11 @@ STOPPERS = {
         r"make no batch of 16",
         few,
     ),
-    "train_on": (["encode.train_on=assistants"], r"encode.train_on=assistants: choose one of"),
+    "train_on": (["encode.train_on=assistants"], r"encode.train_on=assistants: .*did you mean assistant"),
     "device": (["trainer.args.use_cpu=false"], r"use_cpu=false, and this machine has no accelerator"),
     "weights packed": (
         ["encode.train_on=weighted", "trainer.args.packing=true"],
-        r"encode.train_on=weighted with trainer",
+        r"encode.train_on=weighted: the weights need trainer.args.packing=false",
     ),
     "share": (["data.test_share=2"], r"data.test_share=2"),
     "too long": (
@@ -305,10 +315,17 @@ def test_and_stops_a_run_before_a_model_is_loaded(unloadable, capfd, name):
 
 def test_all_that_is_wrong_is_told_at_once(checked, unloadable):
     write("bad.jsonl", [*rows(20), {"prompt": "q", "completion": None}])
-    wrong = ["trainer.args.optim=adam", "encode.train_on=x", "data.path=none.jsonl", "model.dtype=float99"]
-    code, facts, _, err = checked(*wrong)
-    assert code == 2 and len(facts["errors"]) == 4
-    assert all(key in err for key in ("trainer.args.optim", "encode.train_on", "data.path=none.jsonl", "model.dtype"))
+    code, facts, _, err = checked("trainer.args.optim=adam", "encode.train_on=x", "model.dtype=float99")
+    assert code == 2 and len(facts["errors"]) == 3
+    assert all(key in err for key in ("trainer.args.optim", "encode.train_on", "model.dtype"))
+    found = [
+        "model.chat_template=none_such",
+        "data.path=none.jsonl",
+        "trainer.args.lr_scheduler_type=cosine_with_min_lr",
+    ]
+    code, facts, _, err = checked(*found)  # what only the rows, the model and the trainer tell
+    assert code == 2 and len(facts["errors"]) == 2
+    assert all(key in err for key in ("model.chat_template", "data.path=none.jsonl"))
 
 
 def test_a_disk_that_is_full_and_a_memory_that_is_small(checked, unloadable, monkeypatch):

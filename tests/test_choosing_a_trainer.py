@@ -12,8 +12,11 @@ from conftest import resolvable
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from smoltrain import config, train
-from smoltrain.config import CONF, ConfigError, compose
+from smoltrain import train
+from smoltrain.config import CONF, ConfigError
+from smoltrain.config.compose import compose
+from smoltrain.config.groups import options
+from smoltrain.config.resolvers import label
 from smoltrain.data import sums
 from smoltrain.preflight import preflight
 from smoltrain.runs import read_metrics
@@ -83,7 +86,7 @@ def test_every_configured_value_is_found_again(live, trainer):
 
 def test_what_both_share_stands_once(folder, monkeypatch):
     copy = shutil.copytree(CONF, folder / "conf")
-    monkeypatch.setattr(config, "CONF", copy)
+    monkeypatch.setattr("smoltrain.config.compose.CONF", copy)
     base, dpo = copy / "trainer" / "base.yaml", copy / "trainer" / "dpo.yaml"
     base.write_text(base.read_text().replace("max_length: 1024", "max_length: 77"))
     assert [compose([f"trainer={t}"], []).trainer.args.max_length for t in ("sft", "dpo")] == [77, 77]
@@ -140,7 +143,8 @@ def test_every_surface_agrees_with_the_resolved_config(smoltrain, capsys):
         assert "trl.DPOTrainer" in surface and "0.00071" in surface
     import trackio
 
-    (run,) = trackio.Api().runs("smoltrain")
+    name = "/".join(record["directory"].parts[-2:])
+    (run,) = [run for run in trackio.Api().runs("smoltrain") if run.name == name]
     assert run.config["learning_rate"] == 0.00071 and run.config["trainer"] == "trl.DPOTrainer"
     assert run.config["config"]["trainer"]["args"]["learning_rate"] == 0.00071
 
@@ -226,30 +230,6 @@ def test_another_trl_trainer_is_one_yaml_file(smoltrain):
 
 
 @pytest.mark.parametrize(
-    ("override", "message"),
-    [
-        ("trainer.args.lerning_rate=1", "did you mean learning_rate?"),
-        ("trainer.arg.beta=1", "did you mean trainer.args?"),
-        ("modle=tiny", "did you mean model?"),
-        ("learning_rate=1e-3", "did you mean trainer.args.learning_rate?"),
-        ("+learning_rate=1e-3", "did you mean trainer.args.learning_rate?"),
-        ("trainer.weight_decai=1", "did you mean trainer.args.weight_decay?"),
-        ("train_rows=9", "did you mean data.train_rows?"),
-        ("lr=1e-3", "lr is not a key of this config. Keys there: name, seed"),
-        ("trainer=sft,dpo", "trainer=sft,dpo: add -m to run each of them"),
-        ("seed=range(1,3)", "seed=range(1,3): add -m to run each of them"),
-        ("trainer=dpoo", "there is no such option; did you mean dpo? Choose one of: dpo, sft"),
-        ("seed=abc", "seed=abc"),
-        ("data=local", "data.path has no value"),
-    ],
-)
-def test_a_mistake_is_named_with_its_mend(override, message):
-    with pytest.raises(ConfigError) as error:
-        compose([override], [])
-    assert message in str(error.value)
-
-
-@pytest.mark.parametrize(
     ("group", "text", "header"),
     [
         ("experiment", "seed: 3", "`# @package _global_`"),
@@ -277,10 +257,10 @@ def test_a_file_that_does_not_say_where_it_goes_is_named(folder, group, text, he
     ],
 )
 def test_a_label_needs_no_quotes(overrides, name):
-    assert config.label(overrides) == name == shlex.quote(name)
+    assert label(overrides) == name == shlex.quote(name)
 
 
-@pytest.mark.parametrize("experiment", config.options("experiment", []))
+@pytest.mark.parametrize("experiment", options("experiment", []))
 def test_every_experiment_survives_a_step_with_the_tiny_model(smoltrain, folder, experiment):
     kinds = instantiate(compose([f"experiment={experiment}"], []).encode).kinds
     rows = sums.preferences(60, 1, 0) if "preference" in kinds else sums.conversations(60, 1, 0)

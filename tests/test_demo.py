@@ -75,7 +75,8 @@ def test_a_crippled_run_reaches_none_of_it(run, trainer, metric, reached):
 def test_the_embedded_model_is_small_and_whole():
     from hydra.utils import instantiate
 
-    from smoltrain.config import PACKAGE, compose
+    from smoltrain.config import PACKAGE
+    from smoltrain.config.compose import compose
 
     files = [file for file in (PACKAGE / "tiny").iterdir() if file.suffix in (".json", ".safetensors", ".jinja")]
     assert sum(file.stat().st_size for file in files) < 4e6

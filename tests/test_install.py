@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from smoltrain.config import options
+from smoltrain.__main__ import main
+from smoltrain.config.groups import options
+from smoltrain.usage import VERBS
 
 ROOT = Path(__file__).parents[1]
 HEAVY = ("torch", "transformers", "trl", "datasets", "peft", "accelerate", "trackio", "pandas", "numpy")
@@ -19,8 +21,11 @@ QUICK = [
     ["trainer=ppo"],
     ["trainer.args.lerning_rate=1"],
     ["data=local"],
-    ["-sc", "query=bash"],
-    ["-sc", "install=bash"],
+    ["why", "trainer.args.beta", "trainer=dpo"],
+    ["show", "trainer=dpo"],
+    ["diff", "", "trainer=dpo"],
+    ["completion", "bash"],
+    ["completion", "bash", "--", "smoltrain trainer.args.be"],
 ]
 
 
@@ -31,41 +36,30 @@ def test_a_quick_answer_imports_nothing_heavy(arguments):
         "try: main(sys.argv[1:])\nexcept SystemExit: pass\n"
         f"print('HEAVY', sorted(set(sys.modules) & set({HEAVY})))"
     )
-    environment = {"COMP_LINE": "smoltrain tr", "COMP_POINT": "12"}  # as bash asks
-    done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], env=environment, capture_output=True, text=True, check=True
-    )
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "HEAVY []"
 
 
-def test_bash_completion_offers_groups_options_and_keys(folder):
-    def complete(line: str) -> list[str]:
-        environment = {"COMP_LINE": line, "COMP_POINT": str(len(line)), "PATH": "/usr/bin:/bin"}
-        command = [sys.executable, "-m", "smoltrain", "-sc", "query=bash"]
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.split()
-
-    assert {"trainer=", "model="} <= set(complete("smoltrain "))
-    assert complete("smoltrain trainer=") == ["trainer=dpo", "trainer=sft"]
-    assert complete("smoltrain trainer=b") == []
-    assert "trainer.args.learning_rate=" in complete("smoltrain trainer.args.lea")
-
-
 def test_the_version_is_ours(capsys):
-    from smoltrain.__main__ import main
-
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"smoltrain {metadata.version('smoltrain')}\n"
 
 
 def test_help_names_every_option_with_its_description(capsys):
-    from smoltrain.__main__ import main
-
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
     for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment"):
         for option, description in options(group, []).items():
             assert description and any(option in line and description in line for line in text.splitlines())
+    assert len(text.splitlines()) <= 60 and max(map(len, text.splitlines())) <= 100  # one screen
     assert "base " not in [line.strip().split(" ")[0] + " " for line in text.splitlines()]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_help_of_a_verb_is_its_screen(verb, capsys):
+    assert main([verb, "--help"]) == 0 and capsys.readouterr().out == VERBS[verb]
+    assert main([f"{verb}x"]) == 2 and f"did you mean {verb}?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("how", ["--config-dir={}", "hydra.searchpath=[file://{}]"])

@@ -15,7 +15,8 @@ import yaml
 from conftest import resolvable
 from omegaconf import OmegaConf
 
-from smoltrain.config import compose, options
+from smoltrain.config.compose import compose
+from smoltrain.config.groups import options
 from smoltrain.launch import as_override
 
 LAUNCH = [sys.executable, "-m", "smoltrain", "launch"]
@@ -31,10 +32,19 @@ Select the type of training to perform:
 
 
 def answers(
-    experiment="", model="", parent=(), data=("",), trainer=("1",), peft="", name="", parameters=(), start="N"
+    experiment="",
+    model="",
+    parent=(),
+    data=("",),
+    trainer=("1",),
+    peft="",
+    tracking="",
+    name="",
+    parameters=(),
+    start="N",
 ) -> list[str]:
     """The lines of a whole dialogue; an empty line takes a question's default."""
-    hardware = tracking = ""
+    hardware = ""
     return [experiment, model, *parent, *data, *trainer, hardware, peft, tracking, name, *parameters, "", start]
 
 
@@ -120,20 +130,24 @@ MENDED = ["seed", "many", "max_stepz", "run_name", "${nope}", "99", "max_steps",
         (answers(peft="nope\nqlora"), "trainer=sft peft=qlora", "with a name: lora, qlora"),
         (answers(parameters=["max_steps = 7"]), "trainer=sft trainer.args.max_steps=7", "max_steps             "),
         (answers(parameters=["5=7", "seed=3"]), "trainer=sft trainer.args.max_steps=7 seed=3", "Change which"),
-        (answers(parameters=["trainer.args.run_name=a=b"]), "trainer=sft trainer.args.run_name='a=b'", "a=b"),
+        (
+            answers(tracking="wandb", parameters=["trainer.args.run_name=a=b"]),
+            "trainer=sft tracking=wandb trainer.args.run_name='a=b'",
+            "a=b",
+        ),
         (answers(parameters=["trainer=dpo", "beta=0.3"]), "trainer=dpo trainer.args.beta=0.3", "trl.DPOTrainer"),
         (answers(parameters=["trainer=ppo", "2"]), "trainer=dpo", "from 1 to 2"),
         (answers(name="a"), "trainer=sft name=a", "name        a"),
         (answers(name="../a\n..\n"), "trainer=sft", "one folder of multirun"),
         (answers(name="\x1b[A\n"), "trainer=sft", "cannot be shown"),
-        (answers(name="[b]:smile:"), "trainer=sft name='[b]:smile:'", "name        [b]:smile:"),
+        (answers(name="[b]:smile:\n"), "trainer=sft", "name=[b]:smile:"),
         (answers(name="1e3"), "trainer=sft name='1e3'", "1e3"),
         (answers(parameters=["5", "7"]), "trainer=sft trainer.args.max_steps=7", "5. max_steps                      7"),
         (answers(parameters=["seed", "7"]), "trainer=sft seed=7", "2. seed                           7"),
         (answers(parameters=["weight_decay", "1e-2"]), "trainer=sft trainer.args.weight_decay=1e-2", "0.01"),
         (answers(parameters=MENDED), "trainer=sft", "did you mean max_steps?"),
         (answers(parameters=["1", "2", "beta", "0.3"]), "trainer=dpo trainer.args.beta=0.3", "trl.DPOTrainer"),
-        (answers(trainer=["2"], parameters=["beta", "3", "1", "1"]), "trainer=sft", "args.beta is not a field"),
+        (answers(trainer=["2"], parameters=["beta", "3", "1", "1"]), "trainer=sft", "args.beta=3 is not a field"),
     ],
 )
 def test_answers_become_this_command_and_are_shown(launch, lines, command, said):
@@ -158,26 +172,28 @@ TEXTS = [
 
 @pytest.mark.parametrize("typed", TEXTS)
 def test_text_arrives_as_it_was_typed(typed):
-    assert compose([f"trainer.args.run_name={as_override(typed)}"], []).trainer.args.run_name == typed
-    assert compose([f"name={as_override(typed, text=True)}"], []).name == typed
+    run = [f"trainer.args.run_name={as_override(typed)}", f"data.system_prompt={as_override(typed, text=True)}"]
+    cfg = compose([*run, "tracking=wandb"], [])
+    assert (cfg.trainer.args.run_name, cfg.data.system_prompt) == (typed, typed)
 
 
 @pytest.mark.parametrize(
     ("typed", "value"), [("1e-4", 1e-4), ("7", 7), ("true", True), ("null", None), ("[1,a]", [1, "a"]), ("'7'", "7")]
 )
 def test_what_hydra_reads_as_a_value_stays_one(typed, value):
-    assert compose([f"trainer.args.run_name={as_override(typed)}"], []).trainer.args.run_name == value
-    assert compose([f"name={as_override(typed, text=True)}"], []).name == typed
+    given = f"trainer.args.lr_scheduler_kwargs={{x: {as_override(typed)}}}"  # whose values may be of any type
+    assert compose([given], []).trainer.args.lr_scheduler_kwargs.x == value
+    assert compose([f"data.system_prompt={as_override(typed, text=True)}"], []).data.system_prompt == typed
 
 
 def test_the_printed_command_pasted_into_a_shell_is_the_same_config(launch, folder):
-    name, value = 'it\'s "mine", $(touch x); `touch y`', "a\\'b & {c} #"
-    command = printed_command(launch(answers(name=name, parameters=["run_name", value])))
+    value = "it's \"mine\", $(touch x); `touch y` a\\'b & {c} #"
+    command = printed_command(launch(answers(tracking="wandb", parameters=["run_name", value])))
     looked_at = command.replace("smoltrain ", "smoltrain --cfg job ", 1)
     env = os.environ | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
     pasted = subprocess.run(["sh", "-c", looked_at], env=env, capture_output=True, text=True, check=True)
     cfg = yaml.safe_load(pasted.stdout)
-    assert (cfg["name"], cfg["trainer"]["args"]["run_name"]) == (name, value)
+    assert cfg["trainer"]["args"]["run_name"] == value
     assert not (folder / "x").exists() and not (folder / "y").exists()
 
 

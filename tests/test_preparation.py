@@ -4,7 +4,7 @@ import pyarrow as pa
 import pytest
 from hydra.utils import instantiate
 
-from smoltrain.config import compose
+from smoltrain.config.compose import compose
 from smoltrain.data.encode import Chat, Conversations, Preferences
 from smoltrain.data.formats import recognise
 from smoltrain.data.tokens import Pass

@@ -7,7 +7,10 @@ from pathlib import Path
 import pytest
 
 from smoltrain.__main__ import main
-from smoltrain.config import compose, options, plain, spelled_out
+from smoltrain.config import plain
+from smoltrain.config.compose import compose
+from smoltrain.config.groups import options
+from smoltrain.config.overrides import spelled_out
 from smoltrain.data import sums
 
 ROOT = Path(__file__).parents[1]
@@ -23,10 +26,11 @@ def block(language: str) -> str:
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
 CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
-VERBS = (["check"], ["launch"], ["dashboard"], ["--help"])
+EXPLAIN = (["why"], ["show"], ["diff"])
+VERBS = (["check"], ["launch"], ["dashboard"], ["--help"], *EXPLAIN)
 RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c]
 CHECK = [c for c in COMMANDS if c[:1] == ["check"]]
-LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] == ["--help"] or "--cfg" in c]
+LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] in (["--help"], *EXPLAIN) or "--cfg" in c]
 
 
 def told(form):
@@ -88,7 +92,7 @@ def test_the_own_experiment_trains_an_adapter_stops_early_and_is_loaded_as_shown
 
 @pytest.mark.parametrize("command", LOOK, ids=" ".join)
 def test_a_looking_command_looks(capsys, command):
-    assert main(command) == 0
+    assert main(command) == int(command[0] == "diff")  # as diff has it: 1 where something differs
     assert "trainer" in capsys.readouterr().out
 
 
@@ -98,6 +102,24 @@ def test_a_looking_command_looks(capsys, command):
 def test_a_command_in_a_table_composes(command):
     overrides = [a for a in command if "=" in a and a != "install=bash" and a != "-m"]
     assert plain(compose(overrides, []))["trainer"]["_target_"]
+
+
+WRONG = "name: wrong\ndata: {on_too_long: cut}\ntrainer:\n  args:\n    eval_steps: 50\n    beta: 0\n"
+SLOW = "name: slow\ndefaults: [override /trainer: dpo, _self_]\ntrainer:\n  args:\n    learning_rate: 5.0e-6\n"
+SESSIONS = {
+    shown[0]: "\n".join(shown[1:])
+    for text in re.findall(r"```text\n\\$ (.*?)\n```", README, re.DOTALL)
+    if (shown := text.splitlines()) and " check " not in shown[0]
+}
+
+
+@pytest.mark.parametrize("line", SESSIONS)
+def test_what_a_command_prints_is_what_readme_shows(newcomer, capsys, line):
+    for name, text in {"wrong": WRONG, "slow": SLOW}.items():
+        (newcomer / "my_conf" / "experiment" / f"{name}.yaml").write_text(f"# @package _global_\n# Mine\n{text}")
+    main(shlex.split(line)[1:])
+    said = capsys.readouterr()
+    assert (said.out or said.err).strip() == SESSIONS[line]
 
 
 def test_every_make_target_named_is_there():
@@ -119,7 +141,15 @@ def test_the_picture_of_the_house_is_true():
 
 def test_every_option_that_readme_names_exists():
     for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment"):
-        known = {*options(group, []), *options(group, ["--config-dir", str(ROOT / "tests" / "conf")]), "mine", "ppo"}
+        known = {
+            *options(group, []),
+            *options(group, ["--config-dir", str(ROOT / "tests" / "conf")]),
+            "mine",
+            "ppo",
+            "dpoo",
+            "wrong",
+            "slow",
+        }
         for option in re.findall(rf"(?<![\w.]){group}=([\w.]+)", README):
             assert option in known, f"{group}={option}"
 
@@ -131,5 +161,5 @@ def test_the_messages_in_troubleshooting_are_the_real_ones(folder, capfd):
         (["learning_rate=1"], None),
     ):
         assert main(arguments) == 2
-        error = capfd.readouterr().err.strip()
+        error = capfd.readouterr().err.strip().removesuffix("  (command line)")
         assert (cell or error) in README and (cell or error) in error

@@ -11,8 +11,8 @@ from conftest import resolvable
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from smoltrain import config
-from smoltrain.config import BASE, CONF
+from smoltrain.config import BASE, CONF, ConfigError
+from smoltrain.config.groups import description
 from smoltrain.model import locate, read_chat_template
 
 FILES = sorted(CONF.glob("*/*.yaml"))
@@ -54,7 +54,7 @@ def test_every_option_composes_and_every_value_in_it_resolves(choice):
 def test_every_option_says_what_it_is_in_its_first_line(file):
     first, second, *_ = [line for line in file.read_text().splitlines() if not line.startswith("# @package")]
     assert first.startswith("# ") and not second.startswith("#")
-    assert config.description(file) == first.removeprefix("# ")  # what --help prints
+    assert description(file) == first.removeprefix("# ")  # what --help prints
 
 
 def test_what_the_machine_decides_is_not_also_in_the_trainers():
@@ -158,7 +158,11 @@ def test_an_experiment_is_called_like_its_file_and_does_what_its_settings_say(ch
 
 @pytest.mark.parametrize(("choice", "setting"), [(choice, s) for choice in EXPERIMENTS for s in settings(choice)])
 def test_an_experiment_says_only_what_it_changes(choice, setting):
-    assert composed(*(s for s in settings(choice) if s != setting)) != composed(choice)
+    try:
+        without = composed(*(s for s in settings(choice) if s != setting))
+    except ConfigError:  # what is left is no config at all, as the keys of a source without it
+        return
+    assert without != composed(choice)
 
 
 @pytest.mark.parametrize("choice", EXPERIMENTS)

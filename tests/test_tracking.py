@@ -66,7 +66,8 @@ def test_none_needs_no_trackio(folder):
 def test_other_trackers_are_a_line_of_yaml(smoltrain, capsys, tracker):
     from transformers.integrations import INTEGRATION_TO_CALLBACK
 
-    from smoltrain.config import CONF, compose
+    from smoltrain.config import CONF
+    from smoltrain.config.compose import compose
 
     lines = (CONF / "tracking" / f"{tracker}.yaml").read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == [f"report_to: {tracker}"]

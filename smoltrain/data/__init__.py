@@ -5,11 +5,11 @@
 After the one pass only numbers of rows are moved about.
 """
 
-from typing import Any
+from typing import Any, Literal, Unpack
 
 from smoltrain.config import ConfigError
 from smoltrain.data import sources as places
-from smoltrain.data.prepare import Data, Origin
+from smoltrain.data.prepare import Data, Origin, Preparation
 
 
 def local(
@@ -21,7 +21,7 @@ def local(
     keep_where: dict[str, Any] | None,
     drop_where: str | None,
     max_rows: int | None,
-    **preparation: Any,
+    **preparation: Unpack[Preparation],
 ) -> Data:
     """The rows of one's own files: a file, several, a directory, or what `save_to_disk` wrote."""
     source = places.files(path, test_path, streaming)
@@ -40,7 +40,7 @@ def hub(
     keep_where: dict[str, Any] | None,
     drop_where: str | None,
     max_rows: int | None,
-    **preparation: Any,
+    **preparation: Unpack[Preparation],
 ) -> Data:
     """A data set of the Hugging Face Hub."""
     source = places.hub(path, name, revision, split, test_split, streaming)
@@ -48,7 +48,10 @@ def hub(
 
 
 def mixture(
-    sources: dict[str, Data], weights: dict[str, float] | None, stopping_strategy: str, **preparation: Any
+    sources: dict[str, Data],
+    weights: dict[str, float] | None,
+    stopping_strategy: Literal["all_exhausted", "first_exhausted"],
+    **preparation: Unpack[Preparation],
 ) -> Data:
     """Several sources as one: all their rows, or drawn with `weights` until `stopping_strategy` says so.
 

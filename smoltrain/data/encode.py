@@ -8,14 +8,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset
 
-from smoltrain.config import ConfigError
 from smoltrain.data import templates
 from smoltrain.data.messages import EQUAL, RowError, bad
 
@@ -29,7 +28,6 @@ OTHERS = "turns of others in a reply, which are learned as its own"
 ALIKE = "replies that are nearly the same"
 REPEATED_PROMPT = "the prompt in a reply"
 LONG = 20  # letters that a prompt needs for its repetition in a reply to mean anything
-TRAIN_ON = ("assistant", "last", "all", "weighted")
 
 
 @dataclass
@@ -140,17 +138,13 @@ class Conversations:
     tokens). Plain text is learned whole.
     """
 
-    train_on: str
+    train_on: Literal["assistant", "last", "all", "weighted"]
     kinds: ClassVar = ("conversation", "text")
     rows_a_forward: ClassVar = 1
 
     @property
     def last_turn_only(self) -> bool:
         return self.train_on == "last"
-
-    def __post_init__(self) -> None:
-        if self.train_on not in TRAIN_ON:
-            raise ConfigError(f"encode.train_on={self.train_on}: choose one of {', '.join(TRAIN_ON)}")
 
     def columns(self, kind: str) -> dict[str, pa.DataType]:
         weights = {"loss_weights": pa.list_(pa.float32())} if self.train_on == "weighted" else {}

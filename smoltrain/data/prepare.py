@@ -4,7 +4,7 @@ from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -41,36 +41,24 @@ from smoltrain.data.tokens import Pass, cache_key, passed
 
 LOOKED_AT = 100  # rows read to recognise a shape, and to find the commonest faults before the long pass
 SHOWN = 3  # examples in a message
-STOPPING = ("first_exhausted", "all_exhausted")
 
 
-@dataclass
-class Preparation:
-    """What becomes of the rows, whatever source they come from: the keys that conf/config.yaml gives to `data`."""
+class Handling(TypedDict):
+    """What becomes of the rows, whatever source they come from."""
 
     test_share: float
-    test_rows: int
-    seed: int
-    on_too_long: str
-    on_bad_row: str
-    on_duplicate: str
+    on_too_long: Literal["truncate", "drop", "error"]
+    on_bad_row: Literal["error", "drop"]
+    on_duplicate: Literal["keep", "drop"]
     system_prompt: str | None
     workers: int | None
 
-    def __post_init__(self) -> None:
-        allowed = {"on_too_long": ("truncate", "drop", "error"), "on_bad_row": ("error", "drop")}
-        for key, choices in (allowed | {"on_duplicate": ("keep", "drop")}).items():
-            if (value := getattr(self, key)) not in choices:
-                close = suggest(str(value), choices)
-                raise ConfigError(f"data.{key}={value} is none of {', '.join(choices)}{close}")
-        if not isinstance(self.test_share, float) or not 0 < self.test_share < 1:
-            raise ConfigError(f"data.test_share={self.test_share}: a share lies between 0 and 1")
-        if not isinstance(self.test_rows, int) or self.test_rows < 1:
-            raise ConfigError(f"data.test_rows={self.test_rows}: hold out at least 1 row")
-        if not isinstance(self.seed, int):
-            raise ConfigError(f"data.seed={self.seed}: a whole number")
-        if not isinstance(self.workers, int | None) or (self.workers is not None and self.workers < 1):
-            raise ConfigError(f"data.workers={self.workers}: at least 1, or null for every core")
+
+class Preparation(Handling):
+    """The keys that conf/config.yaml gives to `data`; a source of a mixture has none of its own."""
+
+    test_rows: int
+    seed: int
 
 
 @dataclass
@@ -83,10 +71,6 @@ class Origin:
     keep_where: dict[str, Any] | None = None
     drop_where: str | None = None
     max_rows: int | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.max_rows, int | None) or (self.max_rows is not None and self.max_rows < 1):
-            raise ConfigError(f"data.max_rows={self.max_rows}: at least 1 row, or null for all of {self.source.name}")
 
     def chosen(self, rows: Dataset) -> tuple[Dataset, np.ndarray]:
         """The rows that the filters and the cap leave, and their numbers in the source."""
@@ -161,7 +145,7 @@ class Data:
     """Sources of rows, and what becomes of them: the object that `cfg.data` describes."""
 
     origins: dict[str, Origin]
-    preparation: dict[str, Any]
+    preparation: Preparation
     weights: dict[str, float] | None = None
     stopping_strategy: str = "all_exhausted"
 
@@ -171,7 +155,7 @@ class Data:
         A stream is prepared while it is read; with `sample`, its first rows stand for it. Raises ConfigError for rows
         that cannot be read, that are too long where this is an error, or where no row is left.
         """
-        how = Preparation(**self.preparation)
+        how = self.preparation
         self.refuse_unfit_mixture()
         streamed = [isinstance(origin.source.train, IterableDataset) for origin in self.origins.values()]
         if any(streamed):
@@ -180,23 +164,23 @@ class Data:
             source = origin.source
             if sample is not None and isinstance(source.train, IterableDataset):
                 source.train = first_rows(source.train, min(sample, origin.max_rows or sample))
-                source.test = source.test and first_rows(source.test, how.test_rows)
+                source.test = source.test and first_rows(source.test, how["test_rows"])
         if any(streamed) and sample is None:
             return self.flowing(encoder, chat, max_length, how)
         sides = {
-            name: divide(self.parts(origin, encoder, chat, max_length, how), how.test_share, how.seed)
+            name: divide(self.parts(origin, encoder, chat, max_length, how), how["test_share"], how["seed"])
             for name, origin in self.origins.items()
         }
         columns = same_columns(encoder, {name: splits["train"].part.worker.shape for name, splits in sides.items()})
-        leave_out_repeated(sides, "test", how.on_duplicate == "drop")
-        held_out = hold_out(sides, how.test_rows, how.seed)
-        counts = count(sides, held_out, how.on_duplicate == "drop")
-        raise_if_empty(counts, how.test_share, enough(sides, how.seed), max_length)
+        leave_out_repeated(sides, "test", how["on_duplicate"] == "drop")
+        held_out = hold_out(sides, how["test_rows"], how["seed"])
+        counts = count(sides, held_out, how["on_duplicate"] == "drop")
+        raise_if_empty(counts, how["test_share"], enough(sides, how["seed"]), max_length)
         train = concatenate_datasets(together(sides, "train", [*columns, "length"]))
         kept = [len(splits["train"].kept) for splits in sides.values()]
         drawn = kept
         if self.weights is not None:
-            order = self.order(kept, how.seed)
+            order = self.order(kept, how["seed"])
             train, drawn = train.select(order), np.histogram(order, np.cumsum([0, *kept]))[0].tolist()
         return Prepared(
             train=train.select_columns(columns),
@@ -221,10 +205,10 @@ class Data:
             raw, numbers = origin.chosen(rows)
             first = raw.select(range(min(LOOKED_AT, len(raw)))).to_list()
             shape = recognise(raw.column_names, first, encoder.kinds, origin.format, origin.columns)
-            worker = Pass(shape, encoder, chat, max_length, how.on_too_long, how.system_prompt)
-            if how.on_bad_row == "error":
+            worker = Pass(shape, encoder, chat, max_length, how["on_too_long"], how["system_prompt"])
+            if how["on_bad_row"] == "error":
                 raise_if_first_unreadable(origin.source, split, numbers, first, worker)
-            done = passed(raw, worker, cache_key(origin.source.fingerprint, split, numbers, worker), how.workers)
+            done = passed(raw, worker, cache_key(origin.source.fingerprint, split, numbers, worker), how["workers"])
             parts[split] = Part(done, numbers, raw, worker)
             raise_if_unfit(origin.source, split, parts[split], how)
         return parts
@@ -238,14 +222,15 @@ class Data:
             head = list(rows.take(LOOKED_AT))
             columns = rows.column_names or list(dict.fromkeys(column for row in head for column in row))
             shape = recognise(columns, head, encoder.kinds, origin.format, origin.columns)
-            worker = Pass(shape, encoder, chat, max_length, how.on_too_long, how.system_prompt)
-            if how.on_bad_row == "error":
+            worker = Pass(shape, encoder, chat, max_length, how["on_too_long"], how["system_prompt"])
+            strict = how["on_bad_row"] == "error"
+            if strict:
                 raise_if_first_unreadable(source, "train", np.arange(len(head)), head, worker)
-            is_held_out = by_share(how.test_share, how.seed) if source.test is None else nothing
+            is_held_out = by_share(how["test_share"], how["seed"]) if source.test is None else nothing
             if source.test is None:
-                split, (tested, numbers) = "train", held_out_rows(rows, worker, is_held_out, how.test_rows)
+                split, (tested, numbers) = "train", held_out_rows(rows, worker, is_held_out, how["test_rows"])
             else:
-                split, tested = "test", first_rows(source.test, how.test_rows)
+                split, tested = "test", first_rows(source.test, how["test_rows"])
                 numbers = np.arange(len(tested))
             part = Part(
                 passed(tested, worker, cache_key(origin.source.fingerprint, split, numbers, worker), 1),
@@ -254,19 +239,17 @@ class Data:
                 worker,
             )
             raise_if_unfit(source, split, part, how)
-            flow = Flow(
-                worker, is_held_out, part.identity[part.fit], how.on_bad_row == "error", partial(source.where, "train")
-            )
+            flow = Flow(worker, is_held_out, part.identity[part.fit], strict, partial(source.where, "train"))
             streams.append(flow.over(rows))
             sides[name] = {"test": Side(part, np.full(len(tested), True), np.flatnonzero(part.fit))}
             counts[name] = {"train": flow.counts}
         names = same_columns(encoder, {name: splits["test"].part.worker.shape for name, splits in sides.items()})
         leave_out_repeated(sides, "test", drop=False)
-        held_out = hold_out(sides, how.test_rows, how.seed)
+        held_out = hold_out(sides, how["test_rows"], how["seed"])
         for name in sides:
             counts[name]["test"] = sides[name]["test"].counts()
         return Prepared(
-            train=self.mixed(streams, how.seed),
+            train=self.mixed(streams, how["seed"]),
             test=concatenate_datasets(together(sides, "test", names)).select(in_order(sides, held_out)),
             lengths=np.zeros(0, dtype=int),
             sides=sides,
@@ -280,7 +263,7 @@ class Data:
 
     def refuse_unfit_stream(self, how: Preparation) -> None:
         """Raises ConfigError for what cannot be done with rows that are seen one after the other."""
-        if how.on_duplicate == "drop":
+        if how["on_duplicate"] == "drop":
             raise ConfigError("data.on_duplicate=drop: in a stream nothing is remembered; set it to keep")
         for name, origin in self.origins.items():
             if not isinstance(origin.source.train, IterableDataset) or origin.keep_where or origin.drop_where:
@@ -293,11 +276,6 @@ class Data:
         if self.weights is not None and (set(self.weights) != set(self.origins) or not fit):
             raise ConfigError(
                 f"data.weights={self.weights}: give each of {', '.join(self.origins)} a weight above 0, and no other"
-            )
-        if self.stopping_strategy not in STOPPING:
-            close = suggest(str(self.stopping_strategy), STOPPING)
-            raise ConfigError(
-                f"data.stopping_strategy={self.stopping_strategy} is none of {', '.join(STOPPING)}{close}"
             )
 
     def order(self, kept: list[int], seed: int) -> np.ndarray:
@@ -339,13 +317,13 @@ def raise_if_first_unreadable(source: Source, split: str, numbers: np.ndarray, f
 
 def raise_if_unfit(source: Source, split: str, part: Part, how: Preparation) -> None:
     """Raises ConfigError for rows that cannot be read, or are too long, where this is to be an error."""
-    if how.on_bad_row == "error":
+    if how["on_bad_row"] == "error":
         unreadable = np.flatnonzero(~part.readable)
         details = part.rows.data.column("detail").take(unreadable[:SHOWN]).to_pylist()
         said = zip_longest(unreadable, details, part.reason[unreadable], fillvalue="")
         errors = [(int(i), RowError(detail, reason=reason)) for i, detail, reason in said]
         raise_if_unreadable(source, split, part.numbers, errors, f"{len(part.fit):,}")
-    if how.on_too_long == "error":
+    if how["on_too_long"] == "error":
         raise_if_too_long(source, split, part)
 
 

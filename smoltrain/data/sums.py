@@ -11,12 +11,12 @@ import random
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Unpack
 
 from datasets import Dataset
 
 from smoltrain.config import ConfigError
-from smoltrain.data.prepare import Data, Origin
+from smoltrain.data.prepare import Data, Handling, Origin
 from smoltrain.data.sources import Source
 
 NAMES = ("Mia", "Leo", "Ada", "Tom", "Zoe", "Sam", "Ivy", "Max", "Eva", "Ben", "Lia", "Joe")
@@ -87,17 +87,17 @@ def stories(sums: list[tuple[int, str, int]], rows: int, rng: random.Random) -> 
     ]
 
 
-def conversations(train_rows: int, test_rows: int, seed: int, **preparation: Any) -> Data:
+def conversations(train_rows: int, test_rows: int, seed: int, **handling: Unpack[Handling]) -> Data:
     """Question and answer as `messages`, with the whole right reply once more in `answer` for exact match."""
 
     def row(story: Story, rng: random.Random) -> dict:
         reply = {"role": "assistant", "content": story.reply()}
         return {"messages": [{"role": "user", "content": story.question}, reply], "answer": story.reply()}
 
-    return generate("sums", row, train_rows, test_rows, seed, preparation)
+    return generate("sums", row, train_rows, test_rows, seed, handling)
 
 
-def preferences(train_rows: int, test_rows: int, seed: int, **preparation: Any) -> Data:
+def preferences(train_rows: int, test_rows: int, seed: int, **handling: Unpack[Handling]) -> Data:
     """The right reply (`chosen`) against a plausible mistake (`rejected`), with the right one in `answer`."""
 
     def row(story: Story, rng: random.Random) -> dict:
@@ -108,7 +108,7 @@ def preferences(train_rows: int, test_rows: int, seed: int, **preparation: Any) 
             "answer": story.reply(),
         }
 
-    return generate("sums_preferences", row, train_rows, test_rows, seed, preparation)
+    return generate("sums_preferences", row, train_rows, test_rows, seed, handling)
 
 
 def generate(
@@ -117,7 +117,7 @@ def generate(
     train_rows: int,
     test_rows: int,
     seed: int,
-    preparation: dict[str, Any],
+    handling: Handling,
 ) -> Data:
     if min(train_rows, test_rows) < 1:
         raise ConfigError(f"data.train_rows={train_rows}, data.test_rows={test_rows}: at least 1 row of each")
@@ -127,6 +127,6 @@ def generate(
         splits[split] = Dataset.from_list([row(story, rng) for story in stories(sums, rows, rng)])
     fingerprint = f"{name} {train_rows} {test_rows} {seed}"
     source = Source(name, splits["train"], splits["test"], fingerprint, lambda split, i: f"{split} row {i + 1}")
-    if preparation:  # not one of several sources: what was asked for is held out, all of it
-        preparation = preparation | {"test_rows": test_rows, "seed": seed}
-    return Data({name: Origin(source)}, preparation)
+    if not handling:  # one of several sources
+        return Data({name: Origin(source)}, {})
+    return Data({name: Origin(source)}, {**handling, "test_rows": test_rows, "seed": seed})  # all of it is held out

@@ -1,0 +1,245 @@
+"""From a command line to a config that has been checked whole, or to everything that is wrong with it."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from smoltrain import secrets
+from smoltrain.config import BASE, CONF, ConfigError, Problem, plain, suggest, targets
+from smoltrain.config.groups import LOADER, defaults, folders, header, options
+from smoltrain.config.origins import Setting, origins
+from smoltrain.config.overrides import no_such_option, quoted, read, sorted_out
+from smoltrain.config.renamed import advice
+from smoltrain.config.validate import meant, problems, resolved
+
+# Hydra refuses `trainer=null` with a plain ValueError. Variables that are not there, YAML nested too deeply, and files
+# that hold no keys, it does not catch.
+UNCAUGHT = (KeyError, RecursionError, OSError, AttributeError, TypeError, AssertionError)
+COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
+
+
+def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
+    """The config that a command line stands for. Raises one ConfigError for all that is wrong with it.
+
+    `arguments` are where folders of users are named: flags, and `hydra.searchpath`. An override that cannot be used is
+    set aside, so that the rest can be composed and judged too.
+    """
+    usable, strangers, found = sorted_out(overrides, arguments)
+    if misplaced := targets.misplaced(usable):
+        raise ConfigError(told(misplaced, overrides, {}))
+    found += overshadowed(arguments) + ignored(overrides, arguments)
+    while True:
+        try:
+            cfg, refused = inspected(usable, arguments)
+            break
+        except COMPOSING as error:
+            culprit = blamed(error, usable)
+            found.append(Problem(key_of(culprit), explain(error, arguments)))
+            if not culprit:
+                raise ConfigError(told(found, overrides, {}) + headless(overrides, arguments)) from error
+            usable = [override for override in usable if override != culprit]
+    chains = origins(usable, arguments)
+    found += unknown_first_words(strangers, cfg) + problems(cfg, chains, refused)
+    if found:
+        text = told(found, overrides, chains)
+        raise ConfigError(text + headless(overrides, arguments), [p.key for p in found if p.missing])
+    return cfg
+
+
+def composed(overrides: list[str], arguments: list[str]) -> DictConfig:
+    """What Hydra makes of a command line, unchecked."""
+    return inspected(overrides, arguments)[0]
+
+
+def inspected(overrides: list[str], arguments: list[str]) -> tuple[DictConfig, list[Problem]]:
+    """What Hydra makes of a command line, and what in it may not run; nothing else of it is checked."""
+    import hydra
+
+    extra = [quoted(f"file://{folder.absolute()}") for folder in folders(arguments)[:-1]]
+    searchpath = [f"hydra.searchpath=[{','.join(extra)}]"] if extra else []
+    given = [override for override in overrides if key_of(override) != "hydra.searchpath"]
+    hydras = [override for override in given if key_of(override).startswith(("hydra.", "hydra/"))]
+    given += searchpath
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        try:
+            cfg = hydra.compose("config", overrides=given, return_hydra_config=True)
+        except UNCAUGHT as error:
+            raise HydraException(str(error)) from error
+        ours = hydra.compose("config", overrides=hydras, return_hydra_config=True) if extra else cfg
+    refused = targets.refusals(cfg) + targets.overridden(cfg.hydra, ours.hydra, given)
+    with open_dict(cfg):
+        del cfg["hydra"]
+    secrets.refuse(secrets.leaks(plain(cfg)))  # before anything else is said, for what is said shows values
+    return cfg, refused
+
+
+def guard(overrides: list[str], arguments: list[str]) -> None:
+    """Raises ConfigError for what may not run in a config that is only looked at, and may be wrong otherwise."""
+    found = targets.misplaced(overrides)
+    if not found:  # a search path that names a package would import it
+        try:
+            _, found = inspected(overrides, arguments)
+        except COMPOSING as error:
+            raise ConfigError(explain(error, arguments)) from error
+    if found:
+        raise ConfigError(told(found, overrides, {}))
+
+
+# ---------------------------------------------------------------- what went wrong
+
+
+def key_of(override: str) -> str:
+    parsed = read(override)
+    return parsed.key_or_group if parsed else override
+
+
+def blamed(error: Exception, overrides: list[str]) -> str:
+    """The override that Hydra could not use; empty where it is not one of them, but a file."""
+    said = str(error)
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, option = error.missing_cfg_file.rpartition("/")
+        chosen = re.compile(rf"\+?{re.escape(group)}(@[^=]*)?=.*{re.escape(option)}")
+        return next((override for override in overrides if chosen.match(override)), "")
+    return next((o for o in overrides if o in said or f"'{key_of(o)}'" in said), "")
+
+
+def explain(error: Exception, arguments: list[str]) -> str:
+    """What was found wrong while composing (one of COMPOSING), for the person who typed it or wrote the file."""
+    if lost := re.search(r"Could not (?:find|load) '(\w+)/([^'/]+)'", str(error)):
+        group, option = lost.groups()
+        return no_such_option(group, option, list(options(group, arguments))) + naming(group, option, arguments)
+    if isinstance(error.__cause__ or error, (YAMLError, *UNCAUGHT)) and (unreadable := [*unfit_files(arguments)]):
+        return "\n".join(unreadable)
+    cause = error.__cause__ or error
+    said = f"{error} {cause}"
+    lines = str(error).splitlines() or [
+        f"this cannot be composed ({type(cause).__name__}); is each defaults list right?"
+    ]
+    first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    if "An item is already at" in first:
+        return f"{quoted_in(first)}: it is there already; set it without the +"
+    if no_group := re.search(
+        r"(?:In '([^']*)': )?Could not override '([\w/]+)(?:@.*)?'\. *(No match|Did you mean)", said
+    ):
+        file, group, _ = no_group.groups()
+        close = suggest(group, defaults()) or "."
+        return (
+            f"{f'{file}.yaml: ' if file else ''}{group}: there is no such group{close} Groups: {', '.join(defaults())}"
+        )
+    if again := re.search(r"Multiple values for ([\w/]+)\. .*'override [\w/]+: (.*)'", said):
+        return f"{again[1]} is chosen already; in a file of your own, write - override /{again[1]}: {again[2]}"
+    if inside := re.search(r"Could not override '([\w.]+)\.\w+'|full_key: ([\w.]+)", said):
+        return f"{inside[1] or inside[2]} is a value and has no keys of its own"
+    if "Could not delete" in first:
+        return f"~{quoted_in(first)}: there is nothing of that name to remove"
+    detail = str(cause).splitlines()[0] if str(cause) else ""
+    return first if first.startswith(detail) else f"{first}: {detail}"
+
+
+def unfit_files(arguments: list[str]) -> Iterator[str]:
+    """What is wrong with users' files that cannot be read, or hold something else than keys and their values."""
+    for file in (file for folder in folders(arguments)[:-1] for file in sorted(folder.rglob("*.yaml"))):
+        try:
+            node = yaml.compose(file.read_text(errors="replace"), LOADER)
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            yield f"{file}:{line}: unreadable YAML, {error.problem}"
+        except YAMLError as error:
+            yield f"{file}: unreadable YAML, {' '.join(str(error).split())}"
+        else:
+            if node is not None and not isinstance(node, yaml.MappingNode):
+                yield f"{file}: a config file holds keys and their values"
+
+
+def quoted_in(message: str) -> str:
+    return message.split("'")[1]
+
+
+def naming(group: str, option: str, arguments: list[str]) -> str:
+    """Where a user's file names an option that is not there, as ` (file:line)`."""
+    line_of = re.compile(rf"^\s*-?\s*(override\s+)?/?{re.escape(group)}(@\S*)?:\s*{re.escape(option)}\s*(#.*)?$")
+    for folder in folders(arguments)[:-1]:
+        for file in sorted(folder.rglob("*.yaml")):
+            for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
+                if line_of.match(line):
+                    return f" ({file}:{number})"
+    return ""
+
+
+def overshadowed(arguments: list[str]) -> list[Problem]:
+    """Users' files that have the names of ours, which are read instead."""
+    pairs = [(folder, file) for folder in folders(arguments)[:-1] for file in sorted(folder.rglob("*.yaml"))]
+    return [
+        Problem("", f"{file}: smoltrain has a file of this name, which would be read instead; call yours another")
+        for folder, file in pairs
+        if (CONF / file.relative_to(folder)).is_file()
+    ]
+
+
+def ignored(overrides: list[str], arguments: list[str]) -> list[Problem]:
+    """A user's experiment that chooses another one with `override`, which Hydra passes over."""
+    line_of = re.compile(r"^\s*-\s*override\s+/?experiment\s*:\s*(\S+)", re.MULTILINE)
+    files = [file for folder in folders(arguments)[:-1] for file in sorted((folder / "experiment").glob("*.yaml"))]
+    files = [file for file in files if f"experiment={file.stem}" in overrides]
+    found = [(file, named) for file in files if (named := line_of.search(file.read_text(errors="replace")))]
+    return [
+        Problem("", f"{file}: an experiment extends another with - {named[1]} in its defaults") for file, named in found
+    ]
+
+
+def unknown_first_words(overrides: list[str], cfg: DictConfig) -> list[Problem]:
+    values, _ = resolved(cfg)
+    found = []
+    for override in overrides:
+        key, value = key_of(override), override.partition("=")[2]
+        if instead := advice(key, value):
+            found.append(Problem(key, f"{override.lstrip('+~')} is not a key of a run; {instead}"))
+            continue
+        group = key.split(".")[0]
+        mend = meant(key, values)
+        if group in defaults() and not mend.startswith("; did you mean"):
+            mend = f": {group} is a group, {group}={' or '.join(options(group, []))} chooses a file of it"
+        found.append(Problem(key, f"{override.lstrip('+~')} is not a key of a run{mend}"))
+    return found
+
+
+def told(found: list[Problem], overrides: list[str], chains: dict[str, list[Setting]]) -> str:
+    """Each problem on a line of its own, and where its value was set: the command line, or the line of a file."""
+    typed = {key_of(override) for override in overrides}
+    typed |= {override.partition("=")[0].lstrip("+~") for override in overrides}
+    lines = []
+    for problem in found:
+        chain = chains.get(problem.key) or nearby(problem.key, chains)
+        if problem.key in typed:
+            where = "  (command line)"
+        elif chain and not problem.missing:
+            where = f"  ({'command line' if chain[-1].typed else chain[-1].where})"
+        else:
+            where = ""
+        lines.append(problem.text + where)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def nearby(key: str, chains: dict[str, list[Setting]]) -> list[Setting] | None:
+    """The chain of the first leaf below a key, else of the nearest value above it."""
+    below = next((chain for leaf, chain in chains.items() if leaf.startswith(f"{key}.")), None)
+    parts = key.split(".")
+    above = [found for n in range(len(parts) - 1, 0, -1) if (found := chains.get(".".join(parts[:n])))]
+    return below or (above[0] if above else None)
+
+
+def headless(overrides: list[str], arguments: list[str]) -> str:
+    """What to add to users' own files that were chosen, where all of ours in that group begin with where they go."""
+    advice = ""
+    for group, _, option in (override.partition("=") for override in overrides):
+        needed = {header(file) for file in (CONF / group).glob("*.yaml") if file.stem != BASE}
+        for file in (folder / group / f"{option}.yaml" for folder in folders(arguments)[:-1]):
+            if Path(file).is_file() and not header(file) and needed and all(needed):
+                advice += f"\n{file}: its first line has to be {' or '.join(f'`{line}`' for line in sorted(needed))}"
+    return advice

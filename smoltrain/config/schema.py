@@ -1,0 +1,41 @@
+"""The keys of a run and their types. Groups keep their own keys in their own YAML, and what those build takes them."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+
+@dataclass
+class Evaluation:
+    max_rows: int
+    max_new_tokens: int
+
+
+@dataclass
+class Check:
+    step: bool | None
+
+
+@dataclass
+class Config:
+    """One run. Nobody makes one of these: the config is held against it, as it is against every `_target_`."""
+
+    name: str
+    seed: int
+    threads: int | None
+    objective: str
+    data: dict[str, Any]
+    encode: dict[str, Any]
+    trainer: dict[str, Any]
+    model: dict[str, Any]
+    evaluation: Evaluation
+    check: Check
+    callbacks: dict[str, Any]
+
+
+KEYS = [f.name for f in fields(Config)]
+NODES = [f.name for f in fields(Config) if is_dataclass(f.type) or f.type == dict[str, Any]]
+SCHEMA = {  # what takes the keys of a node that has no `_target_`, as a target
+    key: f"{kind.__module__}.{kind.__name__}"
+    for key, kind in {"": Config, "evaluation": Evaluation, "check": Check}.items()
+}
+PREPARATION = "smoltrain.data.prepare.Preparation"  # which a source takes, and a source of a mixture does not
