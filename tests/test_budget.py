@@ -1,5 +1,6 @@
 """What a run will take is said before it runs, and is what it takes."""
 
+import ctypes
 import json
 import sys
 from itertools import accumulate
@@ -172,9 +173,11 @@ def test_a_real_step_leaves_no_trace():
     before = {name: tensor.clone() for name, tensor in trainer.model.state_dict().items()}
     batch = next(iter(trainer.get_train_dataloader()))
     random = torch.get_rng_state()
+    if sys.platform == "linux":  # what earlier tests freed goes back first, or the step would grow into it unseen
+        ctypes.CDLL(None).malloc_trim(0)
     taken = step(trainer, batch)
     assert taken.seconds > 0
-    assert taken.peak is None or taken.peak >= sum(p.numel() * 4 for p in trainer.model.parameters())
+    assert taken.peak is None or taken.peak > sum(p.numel() * 4 for p in trainer.model.parameters())
     assert torch.equal(random, torch.get_rng_state())
     assert all(torch.equal(before[name], tensor) for name, tensor in trainer.model.state_dict().items())
     assert all(p.grad is None for p in trainer.model.parameters())

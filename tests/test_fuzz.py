@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -14,7 +16,16 @@ from smoltrain.__main__ import main
 from smoltrain.config import BASE, CONF
 from smoltrain.config.compose import compose
 from smoltrain.config.groups import defaults
-from smoltrain.config.validate import below, resolved
+from smoltrain.config.validate import resolved
+
+
+def below(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a config, nodes before what they hold."""
+    for key, value in values.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, dict):
+            yield from below(value, f"{prefix}{key}.")
+
 
 OPTIONS = {group: [f.stem for f in (CONF / group).glob("*.yaml") if f.stem != BASE] for group in defaults()}
 KEYS = sorted(

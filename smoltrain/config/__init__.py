@@ -73,10 +73,16 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:50]} … {text[-20:]}"
 
 
-def suggest(word: str, choices: Iterable[str]) -> str:
+def closest(word: str, choices: Iterable[str]) -> str:
+    """The choice most like a word, whatever their case; empty where none is."""
     known = {choice.lower(): choice for choice in choices}
     close = difflib.get_close_matches(word.lower(), known, n=1)
-    return f"; did you mean {known[close[0]]}?" if close else ""
+    return known[close[0]] if close else ""
+
+
+def suggest(word: str, choices: Iterable[str]) -> str:
+    close = closest(word, choices)
+    return f"; did you mean {close}?" if close else ""
 
 
 REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)

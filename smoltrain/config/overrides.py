@@ -7,7 +7,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from smoltrain.config import CONF, ConfigError, Problem, suggest
+from smoltrain.config import CONF, ConfigError, Problem, closest, suggest
 from smoltrain.config.groups import defaults, options
 from smoltrain.config.schema import KEYS
 
@@ -83,10 +83,10 @@ def sorted_out(overrides: list[str], arguments: list[str]) -> tuple[list[str], l
             if parsed.is_delete() or option in known:
                 usable.append(override)
                 continue
-            close = suggest(str(option), known)
             found.append(Problem(key, no_such_option(key, option, known)))
+            close = closest(str(option), known)
             if close and key in ("trainer", "model"):  # of another experiment or source, nothing would be to the point
-                usable.append(override.replace(f"={option}", f"={close.split()[-1].rstrip('?')}"))
+                usable.append(f"{key}={close}")
         elif key.split(".")[0] in KEYS or key.startswith("hydra"):
             usable.append(override)
         else:

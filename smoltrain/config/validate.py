@@ -15,7 +15,6 @@ from smoltrain.config.renamed import advice
 from smoltrain.config.schema import NODES, PREPARATION, SCHEMA
 from smoltrain.config.signatures import REQUIRED, Signature, misfit, signature
 
-OUTPUT_DIR = rules.OUTPUT_DIR
 REST_IGNORED = "transformers.utils.quantization_config.QuantizationConfigMixin"  # takes any name, and drops it
 BUILT = ("data", "encode", "trainer", "trainer.args", "model")  # of these a config has exactly one each
 HYDRAS = {"_target_", "_partial_", "_convert_", "_recursive_"}  # keys that say how a node is built
@@ -71,7 +70,7 @@ def resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
         if not raw._is_interpolation():
             return plain_of(raw, path) if isinstance(raw, DictConfig | ListConfig) else raw._value()
         text = str(raw._value())
-        if text == OUTPUT_DIR:
+        if text == rules.OUTPUT_DIR:
             return text
         if "${hydra:" in text:
             found.append(Problem(path, f"{path}={text}: only a run that has started knows that; write a value"))
@@ -235,7 +234,7 @@ def takers(path: str) -> list[str]:
 
 
 def names(values: dict[str, Any]) -> list[str]:
-    """Every key that could be set in this config: those that it has, and those that its components take."""
+    """Every key that could be set in this config: groups, nodes, and what their components take."""
     found = [*defaults()]
     for key, node in nodes(values):
         try:
@@ -244,11 +243,3 @@ def names(values: dict[str, Any]) -> list[str]:
             continue
         found += [key, *(f"{key}.{n}" if key else n for n in taken.parameters if n not in LIVE.get(key, set()))]
     return [name for name in dict.fromkeys(found) if name]
-
-
-def below(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a config, nodes before what they hold."""
-    for key, value in values.items():
-        yield f"{prefix}{key}"
-        if isinstance(value, dict):
-            yield from below(value, f"{prefix}{key}.")
