@@ -19,6 +19,7 @@ from smoltrain.config.compose import COMPOSING, compose, composed
 from smoltrain.config.groups import options
 from smoltrain.config.origins import COMMAND_LINE, Setting, Trace, trace
 from smoltrain.config.overrides import spelled_out
+from smoltrain.config.renamed import advice
 from smoltrain.config.signatures import COMPUTED, REQUIRED, Parameter, signature
 from smoltrain.config.validate import meant
 
@@ -189,7 +190,8 @@ def unknown(view: View, key: str) -> str:
             setting = found.leaves[above][-1]
             return f"{key}: {above} is {brief(setting.value)}, it has no keys ({setting.where})"
     values = {name: value for name, value in found.config.items() if name != "hydra"}
-    return f"{key} is not a key of this config{meant(key, values)}"
+    instead = advice(key, "…")
+    return f"{key} is not a key of this config{f'; {instead}' if instead else meant(key, values)}"
 
 
 def worded(answer: dict[str, Any]) -> list[Line]:

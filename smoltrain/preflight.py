@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -86,7 +86,8 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
     if found.skeleton is not None and found.trainer is not None:
-        found.errors += without_target(found.skeleton, found.trainer.keywords["peft_config"])
+        with found.part("trainer.peft_config"):
+            found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])
         found.errors += without_experts(found.skeleton, getattr(found.args, "router_aux_loss_coef", None))
         with found.part("trainer.args.optim"):
             found.trainer.func.get_optimizer_cls_and_kwargs(found.args, found.skeleton)
@@ -131,22 +132,52 @@ def source(trainer: type) -> str:
     return "".join(inspect.getsource(kind) for kind in trainer.__mro__ if kind.__module__.startswith("trl."))
 
 
-def without_target(skeleton: Any, peft_config: Any) -> list[str]:
-    """LoRA targets that match no layer of the model. PEFT itself says so only where none of them matches one."""
+def without_layer(skeleton: Any, peft_config: Any) -> list[str]:
+    """Layers that a PEFT config names and this model does not have; PEFT passes over most of them.
+
+    Matched as PEFT matches them: a text as a pattern of the whole name, a list by the ends of names, the keys of
+    `rank_pattern` and `alpha_pattern` as patterns of those ends, among the layers that get an adapter.
+    """
+    layers, head = dict(skeleton.named_modules()), skeleton.get_output_embeddings()
+    linear = {name for name, layer in layers.items() if isinstance(layer, torch.nn.Linear)}
     targets = getattr(peft_config, "target_modules", None)
-    if targets is None or targets == "all-linear":
-        return []
-    layers = [name for name, _ in skeleton.named_modules()]
-    if isinstance(targets, str):
-        lacking = [] if any(re.fullmatch(targets, name) for name in layers) else [targets]
+    if targets == "all-linear":
+        adapted = {name for name in linear if layers[name] is not head}
     else:
-        lacking = sorted(t for t in targets if not any(name == t or name.endswith(f".{t}") for name in layers))
-    linear = {name.split(".")[-1] for name, layer in skeleton.named_modules() if isinstance(layer, torch.nn.Linear)}
+        adapted = {name for name in layers if any(matches(name) for _, matches in matchers(targets))}
+    fields: dict[str, tuple[Any, Iterable[str]]] = {
+        "target_modules": (None if targets == "all-linear" else targets, layers),
+        "exclude_modules": (getattr(peft_config, "exclude_modules", None), layers),
+        "modules_to_save": (getattr(peft_config, "modules_to_save", None), layers),
+        "rank_pattern": (getattr(peft_config, "rank_pattern", None), adapted),
+        "alpha_pattern": (getattr(peft_config, "alpha_pattern", None), adapted),
+    }
+    beside = ", ".join(sorted({name.split(".")[-1] for name in linear}))
     return [
-        f"trainer.peft_config.target_modules: {target} matches no layer of this model; its linear layers are "
-        f"{', '.join(sorted(linear))}, and all-linear means all of them but the head"
-        for target in lacking
+        f"trainer.peft_config.{field}: {named} matches no layer of this model"
+        + (" that gets an adapter" if among is adapted else "")
+        + f"; its linear layers are {beside}, and all-linear means all of them but the head"
+        for field, (given, among) in fields.items()
+        for named, matches in matchers(given)
+        if not any(map(matches, among))
     ]
+
+
+def matchers(given: Any) -> Iterator[tuple[str, Callable[[str], Any]]]:
+    """What a field of a PEFT config names, each with the test of a layer's name."""
+    if isinstance(given, str):
+        yield given, pattern(given).fullmatch
+    elif isinstance(given, Mapping):
+        yield from ((key, pattern(rf"(.*\.)?({key})$").match) for key in given)
+    else:
+        yield from ((end, pattern(rf"(.*\.)?{re.escape(end)}").fullmatch) for end in sorted(given or ()))
+
+
+def pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"trainer.peft_config: {text} is no regular expression, {error}") from error
 
 
 def without_experts(skeleton: Any, coefficient: float | None) -> list[str]:
@@ -232,9 +263,18 @@ def remarks(cfg: DictConfig, found: Preflight) -> list[str]:
             f"{bias['rejected_tokens']:.0f}, and {bias['chosen_longer']:.0%} of chosen ones are longer: length alone "
             "tells them apart, and is learned first"
         )
-    rows, batch = data.lengths.size, budget.steps(1, args).effective_batch
-    if 0 < rows < batch:
-        odd.append(f"train: {some(rows, 'row')} to learn from, and a step would see {batch}: each epoch is one step")
+    rows, known = data.lengths.size, budget.steps(max(data.lengths.size, 1), args)
+    if 0 < rows < known.effective_batch:
+        odd.append(
+            f"train: {some(rows, 'row')} to learn from, and a step would see {known.effective_batch}: each epoch is "
+            "one step"
+        )
+    warm_up = args.get_warmup_steps(known.total)
+    if warm_up >= known.total and args.lr_scheduler_type != "constant":
+        odd.append(
+            f"trainer.args.warmup_steps={shown(args.warmup_steps)}: the run ends at step {known.total}, before the "
+            "learning rate has risen to what was asked for"
+        )
     held_out = data.total("test").kept
     if held_out < FEW:
         odd.append(f"test: {some(held_out, 'row')} held out: what is measured there says little; raise data.test_share")

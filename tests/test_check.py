@@ -261,6 +261,20 @@ STOPPERS = {
         ["peft=lora", "trainer.peft_config.target_modules=[q_proj,x]"],
         r"target_modules: x matches no layer",
     ),
+    **{
+        f"LoRA's {field}": (["peft=lora", f"++trainer.peft_config.{field}={value}"], message)
+        for field, value, message in (
+            ("rank_pattern", "{q_prj: 4}", "rank_pattern: q_prj matches no layer"),
+            (
+                "alpha_pattern",
+                "{lm_head: 4}",
+                "alpha_pattern: lm_head .* that gets an adapter",
+            ),
+            ("exclude_modules", "[proj]", "exclude_modules: proj matches no layer"),
+            ("modules_to_save", "[lm_hed]", "modules_to_save: lm_hed matches no layer"),
+            ("target_modules", "'['", r"trainer.peft_config: \[ is no regular expression, unterminated"),
+        )
+    },
     "kind for DPO": (
         ["trainer=dpo", "data=sums"],
         r"data: trl.DPOTrainer eats preference rows .*these are conversation",
@@ -311,6 +325,28 @@ def test_and_stops_a_run_before_a_model_is_loaded(unloadable, capfd, name):
     assert main([*overrides, "tracking=none"]) == 2
     assert re.search(message, capfd.readouterr().err, re.DOTALL)
     assert not [*Path("multirun").rglob("run.json")]
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
+def test_layers_are_matched_as_peft_matches_them(checked):
+    fields = ["target_modules='.*(q|down)_proj'", "rank_pattern={down_proj: 2}"]
+    code, facts, _, _ = checked("peft=lora", *(f"++trainer.peft_config.{field}" for field in fields), *FEW)
+    assert code == 0 and not facts["errors"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["trainer.args.max_steps=1"], True),
+        (["trainer.args.warmup_steps=100", "trainer.args.num_train_epochs=2"], True),
+        (["trainer.args.warmup_steps=100", "trainer.args.lr_scheduler_type=constant_with_warmup"], True),
+        (["trainer.args.max_steps=2"], False),
+        (["trainer.args.max_steps=1", "trainer.args.warmup_steps=0"], False),
+    ],
+)
+def test_a_run_that_only_warms_up_is_remarked(checked, overrides, warned):
+    _, facts, _, _ = checked(*overrides, *FEW)
+    assert any("before the learning rate has risen" in text for text in facts["warnings"]) is warned
 
 
 def test_all_that_is_wrong_is_told_at_once(checked, unloadable):

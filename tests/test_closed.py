@@ -225,6 +225,57 @@ def test_a_wrong_option_in_a_users_file_is_named_with_its_line(own):
     assert "did you mean dpo?" in line and "own/experiment/mine.yaml:4" in line
 
 
+@pytest.mark.parametrize(
+    ("written", "line", "said"),
+    [
+        ("defaults:\n  override /model: tiny", 2, "defaults is a list: each of its lines begins with -"),
+        ("defaults:\n  - override /trainer: [dpo]", 3, "trainer: one option is chosen, - override /trainer: sft"),
+        ("defaults:\n  - override /trainer:\n      dpo: 1", 3, "trainer: one option is chosen"),
+        ("defaults:\n  - override /trainer: dpo\n  - _self", 4, "_self: write _self_"),
+        ("defaults:\n  - override model: tiny", 3, "model is chosen already; write - override /model: tiny"),
+        ("defaults:\n  - /model: tiny", 3, "model is chosen already; write - override /model: tiny"),
+        ("defaults:\n  - override /modle: tiny", 3, "modle: there is no such group; did you mean model?"),
+        ("defaults:\n  - override /trainer:dpo", 3, "a blank follows the colon, - override /trainer: dpo"),
+        ("defaults:\n  - [dpo]", 3, "an entry of a defaults list chooses one option"),
+        ("defaults:\n  - {override /trainer: dpo, override /model: tiny}", 3, "an entry of a defaults list"),
+        ("defaults:\n  - smollm3_3b_stf", 3, "did you mean smollm3_3b_sft?"),
+        ("defaults:\n  - override /experiment: smollm3_3b_sft", 3, "by its name alone, - smollm3_3b_sft"),
+        ("defaults:\n  - override /model: tiny\n  - smollm3_3b_sft", 4, "it stands before the first override"),
+        ("trainer:\n  args:\n  learning_rate: 1", 3, "trainer.args=null: it has keys of its own; in a file they stand"),
+        ("trainer:\nargs:\n  learning_rate: 1", 2, "trainer=null: it has keys of its own"),
+        ("trainer.args.learning_rate: 1", 2, "in a file each part of a key stands on a line of its own"),
+    ],
+)
+def test_a_slip_in_a_users_file_is_named_with_its_line(folder, written, line, said):
+    file = folder / "own" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"# @package _global_\n{written}\n")
+    (text,) = errors("experiment=mine", arguments=("--config-dir", "own"))
+    assert said in text and f"own/experiment/mine.yaml:{line}" in text
+
+
+def test_a_slip_in_a_file_that_another_names_is_found_too(own):
+    own("experiment/first.yaml", {"defaults": [{"override /trainer": "dpoo"}]})
+    arguments = own("experiment/mine.yaml", {"defaults": ["first", "_self_"]})
+    (line,) = errors("experiment=mine", arguments=arguments)
+    assert line.startswith("own/experiment/first.yaml:4: trainer=dpoo: there is no such option; did you mean dpo?")
+
+
+@pytest.mark.parametrize("header", ["# @package _global", "# @package: _global_", "# Mine\n# @package _global_"])
+def test_a_header_that_hydra_passes_over_is_said(folder, header):
+    file = folder / "own" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"{header}\nseed: 3\n")
+    said = errors("experiment=mine", arguments=("--config-dir", "own"))
+    assert said[-1] == "own/experiment/mine.yaml: its first line has to be `# @package _global_`"
+
+
+def test_a_folder_that_was_forgotten_is_named(own):
+    own("experiment/mine.yaml", {"seed": 3})
+    (line,) = errors("experiment=mine")
+    assert "no such option without --config-dir own, where own/experiment/mine.yaml is" in line
+
+
 def test_a_misspelt_field_is_met_with_the_right_one(folder):
     """One letter swapped, dropped or doubled, in any field of the class: the error names that field, or one as near."""
     from smoltrain.config.signatures import signature

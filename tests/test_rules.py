@@ -379,7 +379,6 @@ def test_a_file_may_say_what_the_command_line_turns_off(folder):
         (["trainer=dpo", "trainer.args.learning_rate=1e-3"], "usual for preference training of all weights, 1e-08"),
         (["trainer=dpo", *ADAPTER, "trainer.args.learning_rate=2e-3"], "preference training of an adapter"),
         (["trainer.args.max_length=4096"], "the model was made for 2048 tokens; a longer row stops the run"),
-        (["trainer.args.max_steps=10", "trainer.args.warmup_steps=10"], "the run ends at step 10, before the learning"),
         (["model.dtype=bfloat16"], "model.dtype=bfloat16: weights of 16 bits lose small updates"),
         ([EARLY, *ON_THE_WAY, "trainer.args.metric_for_best_model=eval_loss"], "the model that is kept is the last"),
     ],

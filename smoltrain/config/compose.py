@@ -1,18 +1,15 @@
 """From a command line to a config that has been checked whole, or to everything that is wrong with it."""
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 
-import yaml
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from smoltrain import secrets
-from smoltrain.config import BASE, CONF, ConfigError, Problem, plain, suggest, targets
-from smoltrain.config.groups import LOADER, defaults, folders, header, options
+from smoltrain.config import CONF, ConfigError, Problem, files, plain, suggest, targets
+from smoltrain.config.groups import defaults, folders, options
 from smoltrain.config.origins import Setting, origins
 from smoltrain.config.overrides import no_such_option, quoted, read, sorted_out
 from smoltrain.config.renamed import advice
@@ -33,7 +30,9 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
     usable, strangers, found = sorted_out(overrides, arguments)
     if misplaced := targets.misplaced(usable):
         raise ConfigError(told(misplaced, overrides, {}))
-    found += overshadowed(arguments) + ignored(overrides, arguments)
+    found += files.overshadowed(arguments)
+    if slips := files.slips(overrides, arguments):
+        raise ConfigError(told(found + slips, overrides, {}))
     while True:
         try:
             cfg, refused = inspected(usable, arguments)
@@ -42,13 +41,13 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
             culprit = blamed(error, usable)
             found.append(Problem(key_of(culprit), explain(error, arguments)))
             if not culprit:
-                raise ConfigError(told(found, overrides, {}) + headless(overrides, arguments)) from error
+                raise ConfigError(told(found, overrides, {}) + files.headless(overrides, arguments)) from error
             usable = [override for override in usable if override != culprit]
     chains = origins(usable, arguments)
     found += unknown_first_words(strangers, cfg) + problems(cfg, chains, refused)
     if found:
         text = told(found, overrides, chains)
-        raise ConfigError(text + headless(overrides, arguments), [p.key for p in found if p.missing])
+        raise ConfigError(text + files.headless(overrides, arguments), [p.key for p in found if p.missing])
     return cfg
 
 
@@ -113,9 +112,9 @@ def explain(error: Exception, arguments: list[str]) -> str:
     """What was found wrong while composing (one of COMPOSING), for the person who typed it or wrote the file."""
     if lost := re.search(r"Could not (?:find|load) '(\w+)/([^'/]+)'", str(error)):
         group, option = lost.groups()
-        return no_such_option(group, option, list(options(group, arguments))) + naming(group, option, arguments)
-    if isinstance(error.__cause__ or error, (YAMLError, *UNCAUGHT)) and (unreadable := [*unfit_files(arguments)]):
-        return "\n".join(unreadable)
+        return no_such_option(group, option, list(options(group, arguments)))
+    if isinstance(error.__cause__ or error, (YAMLError, *UNCAUGHT)) and (unfit := [*files.unreadable(arguments)]):
+        return "\n".join(unfit)
     cause = error.__cause__ or error
     said = f"{error} {cause}"
     lines = str(error).splitlines() or [
@@ -124,16 +123,9 @@ def explain(error: Exception, arguments: list[str]) -> str:
     first = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     if "An item is already at" in first:
         return f"{quoted_in(first)}: it is there already; set it without the +"
-    if no_group := re.search(
-        r"(?:In '([^']*)': )?Could not override '([\w/]+)(?:@.*)?'\. *(No match|Did you mean)", said
-    ):
-        file, group, _ = no_group.groups()
-        close = suggest(group, defaults()) or "."
-        return (
-            f"{f'{file}.yaml: ' if file else ''}{group}: there is no such group{close} Groups: {', '.join(defaults())}"
-        )
-    if again := re.search(r"Multiple values for ([\w/]+)\. .*'override [\w/]+: (.*)'", said):
-        return f"{again[1]} is chosen already; in a file of your own, write - override /{again[1]}: {again[2]}"
+    if no_group := re.search(r"Could not override '(([\w/]+)(?:@.*)?)'\.\s*(No match|Did you mean)", said):
+        close = suggest(no_group[2], defaults()) or "."
+        return f"{no_group[1]}: there is no such group{close} Groups: {', '.join(defaults())}"
     if inside := re.search(r"Could not override '([\w.]+)\.\w+'|full_key: ([\w.]+)", said):
         return f"{inside[1] or inside[2]} is a value and has no keys of its own"
     if "Could not delete" in first:
@@ -142,55 +134,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
     return first if first.startswith(detail) else f"{first}: {detail}"
 
 
-def unfit_files(arguments: list[str]) -> Iterator[str]:
-    """What is wrong with users' files that cannot be read, or hold something else than keys and their values."""
-    for file in (file for folder in folders(arguments)[:-1] for file in sorted(folder.rglob("*.yaml"))):
-        try:
-            node = yaml.compose(file.read_text(errors="replace"), LOADER)
-        except yaml.MarkedYAMLError as error:
-            line = error.problem_mark.line + 1 if error.problem_mark else 1
-            yield f"{file}:{line}: unreadable YAML, {error.problem}"
-        except YAMLError as error:
-            yield f"{file}: unreadable YAML, {' '.join(str(error).split())}"
-        else:
-            if node is not None and not isinstance(node, yaml.MappingNode):
-                yield f"{file}: a config file holds keys and their values"
-
-
 def quoted_in(message: str) -> str:
     return message.split("'")[1]
-
-
-def naming(group: str, option: str, arguments: list[str]) -> str:
-    """Where a user's file names an option that is not there, as ` (file:line)`."""
-    line_of = re.compile(rf"^\s*-?\s*(override\s+)?/?{re.escape(group)}(@\S*)?:\s*{re.escape(option)}\s*(#.*)?$")
-    for folder in folders(arguments)[:-1]:
-        for file in sorted(folder.rglob("*.yaml")):
-            for number, line in enumerate(file.read_text(errors="replace").splitlines(), 1):
-                if line_of.match(line):
-                    return f" ({file}:{number})"
-    return ""
-
-
-def overshadowed(arguments: list[str]) -> list[Problem]:
-    """Users' files that have the names of ours, which are read instead."""
-    pairs = [(folder, file) for folder in folders(arguments)[:-1] for file in sorted(folder.rglob("*.yaml"))]
-    return [
-        Problem("", f"{file}: smoltrain has a file of this name, which would be read instead; call yours another")
-        for folder, file in pairs
-        if (CONF / file.relative_to(folder)).is_file()
-    ]
-
-
-def ignored(overrides: list[str], arguments: list[str]) -> list[Problem]:
-    """A user's experiment that chooses another one with `override`, which Hydra passes over."""
-    line_of = re.compile(r"^\s*-\s*override\s+/?experiment\s*:\s*(\S+)", re.MULTILINE)
-    files = [file for folder in folders(arguments)[:-1] for file in sorted((folder / "experiment").glob("*.yaml"))]
-    files = [file for file in files if f"experiment={file.stem}" in overrides]
-    found = [(file, named) for file in files if (named := line_of.search(file.read_text(errors="replace")))]
-    return [
-        Problem("", f"{file}: an experiment extends another with - {named[1]} in its defaults") for file, named in found
-    ]
 
 
 def unknown_first_words(overrides: list[str], cfg: DictConfig) -> list[Problem]:
@@ -232,14 +177,3 @@ def nearby(key: str, chains: dict[str, list[Setting]]) -> list[Setting] | None:
     parts = key.split(".")
     above = [found for n in range(len(parts) - 1, 0, -1) if (found := chains.get(".".join(parts[:n])))]
     return below or (above[0] if above else None)
-
-
-def headless(overrides: list[str], arguments: list[str]) -> str:
-    """What to add to users' own files that were chosen, where all of ours in that group begin with where they go."""
-    advice = ""
-    for group, _, option in (override.partition("=") for override in overrides):
-        needed = {header(file) for file in (CONF / group).glob("*.yaml") if file.stem != BASE}
-        for file in (folder / group / f"{option}.yaml" for folder in folders(arguments)[:-1]):
-            if Path(file).is_file() and not header(file) and needed and all(needed):
-                advice += f"\n{file}: its first line has to be {' or '.join(f'`{line}`' for line in sorted(needed))}"
-    return advice

@@ -1,5 +1,6 @@
 """Config groups and their options: ours, and those of the folders that a command line names."""
 
+import re
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -49,6 +50,14 @@ def defaults() -> dict[str, str | None]:
     return {group: option for group, option in chosen.items() if " " not in group}
 
 
-def header(file: Path) -> str:
-    """The comment of a YAML file that tells Hydra where in the config its keys go; empty where it has none."""
-    return next((line for line in file.read_text().splitlines() if line.startswith("# @package ")), "")
+def package(file: Path) -> str:
+    """Where in the config the keys of a file go, as its first line `# @package …` says; empty where it does not.
+
+    Read as Hydra does, which passes over a header that stands below anything else, or is spelt otherwise.
+    """
+    for line in filter(None, map(str.strip, file.read_text(errors="replace").splitlines())):
+        if not re.match(r"#\s*@", line):
+            return ""
+        if found := re.fullmatch(r"#+\s*@package +(\S+)", line):
+            return found[1]
+    return ""

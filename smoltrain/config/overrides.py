@@ -1,6 +1,8 @@
 """What people type: what a command is short for, what cannot be read, and options that are not there."""
 
+import re
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -106,4 +108,12 @@ def unreadable(override: str) -> str:
 def no_such_option(group: str, option: Any, known: list[str]) -> str:
     """An option that is not there, the one that may have been meant, and those that are."""
     close = suggest(str(option), known) or "."
+    if near := elsewhere(group, str(option)):
+        close = f" without --config-dir {near.parts[0]}, where {near} is."
     return f"{group}={option}: there is no such option{close} Choose one of: {', '.join(sorted(known))}"
+
+
+def elsewhere(group: str, option: str) -> Path | None:
+    """The file of an option that was not found, where a folder right here has one."""
+    named = re.fullmatch(r"[\w.-]{1,100}", option) is not None
+    return next(iter(sorted(Path().glob(f"*/{group}/{option}.yaml"))), None) if named else None

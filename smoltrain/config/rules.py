@@ -664,8 +664,6 @@ ODD: tuple[tuple[str, Condition, str], ...] = (
      "far from what is usual for {run.method} of {run.trained}, {run.usual[0]:g} to {run.usual[1]:g}"),
     ("max_length", lambda run: run.max_length is not None and run.max_length > run.positions,
      "the model was made for {run.positions} tokens; a longer row stops the run"),
-    ("warmup_steps", lambda run: 1 <= run.max_steps <= run.warmup_steps and run.lr_scheduler_type != "constant",
-     "the run ends at step {run.max_steps}, before the learning rate has risen to what was asked for"),
     ("model.dtype", lambda run: run.dtype in ("bfloat16", "float16") and not run.adapter,
      "weights of 16 bits lose small updates; float32 with trainer.args.bf16=true computes as fast and keeps them"),
     ("callbacks.{run.stopper}", lambda run: run.stopper and not run.load_best_model_at_end,

@@ -18,6 +18,7 @@ from smoltrain.config.signatures import REQUIRED, Signature, misfit, signature
 REST_IGNORED = "transformers.utils.quantization_config.QuantizationConfigMixin"  # takes any name, and drops it
 BUILT = ("data", "encode", "trainer", "trainer.args", "model")  # of these a config has exactly one each
 HYDRAS = {"_target_", "_partial_", "_convert_", "_recursive_"}  # keys that say how a node is built
+OWN_KEYS = "it has keys of its own; in a file they stand below it, indented"
 # Handed over live, when they are there: a config that set them would be overruled.
 LIVE = {"trainer": {"model", "processing_class", "train_dataset", "eval_dataset", "callbacks"}}
 
@@ -105,7 +106,7 @@ def misshapen(values: dict[str, Any]) -> list[Problem]:
     found = []
     for key in NODES:
         if key in values and not isinstance(values[key], dict):
-            mend = "remove one by its name, callbacks.progress=null" if key == "callbacks" else "it has keys of its own"
+            mend = "remove one by its name, callbacks.progress=null" if key == "callbacks" else OWN_KEYS
             if key in defaults() and isinstance(values[key], str):
                 mend = f"a group is chosen in the defaults list, - override /{key}: {values[key]}"
             found.append(Problem(key, f"{key}={shown(values[key])}: {mend}"))
@@ -114,6 +115,9 @@ def misshapen(values: dict[str, Any]) -> list[Problem]:
         if any(key.startswith(problem.key) for problem in found) or (isinstance(node, dict) and "_target_" in node):
             continue
         group = key.split(".")[0]
+        if not isinstance(node, dict):
+            found.append(Problem(key, f"{key}={shown(node)}: {OWN_KEYS}"))
+            continue
         found.append(Problem(key, f"{key} has no _target_: nothing says what to build; choose one with {group}=…"))
     for key, needed in {"trainer.peft_config": "peft=lora", "model.quantization_config": "peft=qlora"}.items():
         node = at(values, key)
@@ -170,6 +174,8 @@ def unknown(key: str, node: dict[str, Any], taken: Signature, values: dict[str, 
         elif name not in taken.parameters and not (taken.open and REST_IGNORED not in taken.bases):
             of = f"a field of {taken.target}" if key not in SCHEMA else f"a key of {key or 'a run'}"
             mend = f"; {instead}" if (instead := advice(path, value)) else meant(path, values)
+            if "." in str(name):
+                mend = "; in a file each part of a key stands on a line of its own, indented below the one before"
             yield Problem(path, f"{path}={shown(value)} is not {of}{mend}")
 
 
