@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -71,6 +72,10 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
 
     Of data that is streamed, the first `sample` rows are then all there is.
     """
+    # TRL and PEFT still call activation checkpointing in transformers by its old names.
+    warnings.filterwarnings(
+        "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
+    )
     found = Preflight()
     with found.part("model"):
         found.checkpoint = instantiate(cfg.model)

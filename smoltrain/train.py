@@ -1,7 +1,6 @@
 """The entrypoint: one resolved config becomes one recorded run. The `_target_` in the config is the method."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +78,6 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
 
     from smoltrain.data.streams import BUFFER
 
-    # TRL still calls activation checkpointing in transformers by its old names.
-    warnings.filterwarnings(
-        "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
-    )
     set_seed(cfg.seed)
     torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
     with refusing("model"):

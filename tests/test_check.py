@@ -327,7 +327,6 @@ def test_and_stops_a_run_before_a_model_is_loaded(unloadable, capfd, name):
     assert not [*Path("multirun").rglob("run.json")]
 
 
-@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 def test_layers_are_matched_as_peft_matches_them(checked):
     fields = ["target_modules='.*(q|down)_proj'", "rank_pattern={down_proj: 2}"]
     code, facts, _, _ = checked("peft=lora", *(f"++trainer.peft_config.{field}" for field in fields), *FEW)
