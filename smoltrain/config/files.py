@@ -54,7 +54,7 @@ def chosen(overrides: list[str], arguments: list[str]) -> dict[Path, str]:
     while named:
         group, option = named.pop()
         for file in (folder / group / f"{option}.yaml" for folder in folders(arguments)[:-1]):
-            if file not in found and "\0" not in str(file) and len(file.name) < 256 and file.is_file():
+            if file not in found and is_there(file):
                 found[file] = group
                 named += [(entry.group, entry.option) for entry in entries(file, group) if entry.option]
     return found
@@ -68,6 +68,14 @@ def defaults_of(file: Path) -> tuple[yaml.Node, yaml.Node] | None:
         return None
     pairs = tree.value if isinstance(tree, MappingNode) else []
     return next(((key, value) for key, value in pairs if key.value == "defaults"), None)
+
+
+def is_there(file: Path) -> bool:
+    """Whether a file is there; it is not where its name is one that no file can have."""
+    try:
+        return file.is_file()
+    except OSError:
+        return False
 
 
 def entries(file: Path, group: str) -> list[Entry]:
@@ -135,7 +143,7 @@ def misnamed(entry: Entry, arguments: list[str]) -> str:
 
 
 def unknown(group: str, option: str, arguments: list[str]) -> str:
-    if any((folder / group / f"{option}.yaml").is_file() for folder in folders(arguments)):
+    if any(is_there(folder / group / f"{option}.yaml") for folder in folders(arguments)):
         return ""
     return no_such_option(group, option, list(options(group, arguments)))
 

@@ -9,7 +9,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException
 
-from smoltrain.config import CONF, ConfigError, Problem, closest, suggest
+from smoltrain.config import CONF, ConfigError, Problem, closest, shown, suggest
 from smoltrain.config.groups import defaults, options
 from smoltrain.config.schema import KEYS
 
@@ -110,7 +110,7 @@ def no_such_option(group: str, option: Any, known: list[str]) -> str:
     close = suggest(str(option), known) or "."
     if near := elsewhere(group, str(option)):
         close = f" without --config-dir {near.parts[0]}, where {near} is."
-    return f"{group}={option}: there is no such option{close} Choose one of: {', '.join(sorted(known))}"
+    return f"{group}={shown(option)}: there is no such option{close} Choose one of: {', '.join(sorted(known))}"
 
 
 def elsewhere(group: str, option: str) -> Path | None:
