@@ -270,6 +270,14 @@ def test_a_header_that_hydra_passes_over_is_said(folder, header):
     assert said[-1] == "own/experiment/mine.yaml: its first line has to be `# @package _global_`"
 
 
+@pytest.mark.parametrize("value", [1, {"_target_": None}], ids=str)
+@pytest.mark.parametrize("key", ["[", "]", "a]b", "a[", "[\0", "a.b"])
+def test_a_key_that_no_path_can_name_is_an_error_too(own, key, value):
+    (line,) = errors("experiment=mine", arguments=own("experiment/mine.yaml", {key: value}))
+    said = "is not a key of a run" if value == 1 else "_target_=null: it has to be the dotted name"
+    assert said in line and "own/experiment/mine.yaml:" in line and line.isprintable()
+
+
 def test_a_folder_that_was_forgotten_is_named(own):
     own("experiment/mine.yaml", {"seed": 3})
     (line,) = errors("experiment=mine")

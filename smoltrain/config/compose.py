@@ -167,7 +167,7 @@ def told(found: list[Problem], overrides: list[str], chains: dict[str, list[Sett
             where = f"  ({'command line' if chain[-1].typed else chain[-1].where})"
         else:
             where = ""
-        lines.append(problem.text + where)
+        lines.append("".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in problem.text) + where)
     return "\n".join(dict.fromkeys(lines))
 
 

@@ -94,9 +94,9 @@ def resolved(cfg: DictConfig) -> tuple[dict[str, Any], list[Problem]]:
 
 def pointer(cfg: DictConfig, key: str) -> str:
     """The key that a value is taken from, as `${seed}` is; empty where it stands there itself."""
-    parents, _, last = key.rpartition(".")
-    node = OmegaConf.select(cfg, parents) if parents else cfg
-    raw = node._get_node(last, validate_access=False) if isinstance(node, DictConfig) else None
+    raw: Any = cfg
+    for part in key.split("."):
+        raw = raw._get_node(part, validate_access=False) if isinstance(raw, DictConfig) else None
     found = re.fullmatch(r"\$\{([\w.]+)\}", str(raw._value())) if isinstance(raw, Node) else None
     return found[1] if found else ""
 
