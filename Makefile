@@ -50,10 +50,10 @@ tiny: setup ## make the embedded model again, from nothing (20 minutes on 2 core
 	$(BIN)/python -m smoltrain.tiny.pretrain
 
 test: setup ## the test suite
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal
 
 torture: setup ## the long forms of the tests
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m torture
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist worksteal -m torture
 
 lint: setup ## format, lint and types
 	$(BIN)/ruff format --check .

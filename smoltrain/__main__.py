@@ -6,17 +6,19 @@ Imports nothing heavy: help, `--cfg job`, completion and config errors answer in
 import contextlib
 import gc
 import json
-import math
 import os
 import signal
 import sys
 import traceback
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smoltrain.config import CONF, ConfigError, suggest
 from smoltrain.usage import VERBS, overview
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 # No telemetry, no code of the hub; libraries' own bars only where someone looks, for what takes over a second, and gone
 # when done. What datasets logs as an error it raises too, and an error is said once.
@@ -106,13 +108,18 @@ def run(verb: str, arguments: list[str]) -> int:
         return completion(arguments)
     for name, value in MANNERS.items():
         os.environ.setdefault(name, value)
-    from smoltrain.config.resolvers import register, stamp
-    from smoltrain.config.targets import allowing
     from smoltrain.secrets import discreet_streams, leaky_overrides, refuse
 
     sys.excepthook = failed
     discreet_streams()
     refuse(leaky_overrides(arguments))
+    if verb == "runs":  # composes nothing, but for rows
+        from smoltrain.history import history
+
+        return history(arguments)
+    from smoltrain.config.resolvers import register, stamp
+    from smoltrain.config.targets import allowing
+
     register()
     stamp.cache_clear()
     with allowing(arguments) as rest:
@@ -139,6 +146,10 @@ def dispatch(verb: str, arguments: list[str]) -> int:
         from smoltrain.explain import explain
 
         return explain(verb, arguments)
+    if verb == "reproduce":
+        from smoltrain.reproduce import reproduce
+
+        return reproduce(arguments, start=train)
     if verb == "launch":
         from smoltrain.launch import launch
 
@@ -199,14 +210,16 @@ def train(arguments: list[str]) -> int:
     from hydra.core.hydra_config import HydraConfig
 
     from smoltrain.config.compose import COMPOSING, explain, guard
-    from smoltrain.runs import Diverged, Interrupted, discard
+    from smoltrain.config.overrides import quoted
+    from smoltrain.runs import STOP, Diverged, Finished, discard, read, worst
 
     own = os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
-        if os.getpid() != own:  # a worker that prepares rows, forked from here: nobody awaits its exception
+        if os.getpid() == own:
+            STOP.ask(signal.Signals(number).name)
+        elif not loads_batches():  # a worker that prepares rows, forked from here: nobody awaits its exception
             os._exit(128 + number)
-        raise Interrupted(f"interrupted by {signal.Signals(number).name}")
 
     # SIGTERM ends a run as Ctrl+C does: the record says preempted, the exit code is 143.
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -221,6 +234,7 @@ def train(arguments: list[str]) -> int:
         exits.append(1)  # any other exception ends the process, after the rest of the sweep
         directory = Path(HydraConfig.get().runtime.output_dir)
         untouched = not (directory / "run.json").exists()
+        STOP.waits, STOP.asked = False, None
         try:
             objective = main(cfg)
         except ConfigError as error:
@@ -228,11 +242,16 @@ def train(arguments: list[str]) -> int:
             exits[-1] = 2
             if untouched:
                 discard(directory)
-            return math.inf
+            return worst(cfg.objective)
         except Diverged as error:
             print(f"{error}\n{ending(directory)}", file=sys.stderr)
             exits[-1] = 3
-            return math.inf
+            return worst(cfg.objective)
+        except Finished as error:
+            discard(directory)
+            record = read(error.directory)
+            exits[-1] = 3 if record["status"] == "diverged" else 0
+            return record["objective"] if exits[-1] == 0 else worst(cfg.objective)
         except BaseException:
             if (directory / "run.json").exists():
                 print(ending(directory), file=sys.stderr)
@@ -249,7 +268,13 @@ def train(arguments: list[str]) -> int:
         if {"--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}:
             guard(overrides, [*flags, *overrides])
         else:
-            check_every_run(overrides, flags)
+            cfg = check_every_run(overrides, flags)
+            if cfg is not None and not {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
+                from smoltrain.resume import continued
+
+                if directory := continued(cfg, overrides):
+                    overrides = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+                    overrides.append(f"hydra.run.dir={quoted(str(directory))}")
         if {"-m", "--multirun"} & set(flags):
             overrides += label_by_what_varies(overrides)
         sys.argv = ["smoltrain", *flags, *overrides]
@@ -308,8 +333,16 @@ def check_flags(flags: list[str]) -> None:
         raise ConfigError(f"{flags[-1]}: it needs a value")
 
 
-def check_every_run(overrides: list[str], flags: list[str]) -> None:
-    """Composes and checks the run, or every combination of a grid, before anything starts or is written anywhere."""
+def loads_batches() -> bool:
+    """Whether this process is one that a DataLoader made; that ends with the process that trains, and not before."""
+    return "torch" in sys.modules and sys.modules["torch"].utils.data.get_worker_info() is not None
+
+
+def check_every_run(overrides: list[str], flags: list[str]) -> "DictConfig | None":
+    """Composes and checks the run, or every combination of a grid, before anything starts or is written anywhere.
+
+    Returns the config where there is one.
+    """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.types import Glob
 
@@ -320,13 +353,14 @@ def check_every_run(overrides: list[str], flags: list[str]) -> None:
     if globbed := [o.input_line for o in parsed if isinstance(o._value, Glob)]:
         raise ConfigError(f"{globbed[0]}: name the options, separated by commas")
     if not {"-m", "--multirun"} & set(flags) or len(parsed) < len(overrides):
-        compose(overrides, [*flags, *overrides])
-    elif any(override.startswith("hydra/sweeper") for override in overrides):  # it chooses values on the way
+        return compose(overrides, [*flags, *overrides])
+    if any(override.startswith("hydra/sweeper") for override in overrides):  # it chooses values on the way
         guard([o.input_line for o in parsed if o.input_line and not o.is_sweep_override()], [*flags, *overrides])
     else:
         for batch in BasicSweeper.split_arguments(parsed, None):
             for one in batch:
                 compose(one, [*flags, *overrides])
+    return None
 
 
 def label_by_what_varies(overrides: list[str]) -> list[str]:

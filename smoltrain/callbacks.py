@@ -1,14 +1,22 @@
-"""What watches a run while it trains: the record of its metrics, and its progress on the terminal."""
+"""What watches a run while it trains: its metrics, its checkpoints, its end, and its progress on the terminal."""
 
 import math
+import shutil
+from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from smoltrain.runs import Diverged, Run
+from smoltrain import checkpoints
+from smoltrain.endings import DiskFull, no_room
+from smoltrain.runs import STOP, Diverged, Run
 
 
 class RunCallback(TrainerCallback):
@@ -28,7 +36,7 @@ class Metrics(RunCallback):
         self.run = run
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.run.record["max_steps"] = state.max_steps
+        self.run.note(max_steps=state.max_steps)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.run.record["steps"] = state.global_step
@@ -40,6 +48,192 @@ class Metrics(RunCallback):
         for name, value in logs.items():
             if isinstance(value, float) and not math.isfinite(value):
                 raise Diverged(f"{name} is {value} at step {state.global_step}")
+
+
+class Finite(RunCallback):
+    """Stops a run in the step in which its loss, gradient norm or rewards are no longer finite.
+
+    `trainer` is one that `trainers.watched` made. Weights are looked at before they are written.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        told = getattr(self.trainer, "_metrics", {}).get("train", {})
+        seen = {name: values[-1] for name, values in told.items() if "reward" in name and values}
+        seen |= {"loss": self.trainer.step_loss, "grad_norm": self.trainer.step_grad_norm}
+        self.trainer.step_loss = None
+        for name, value in seen.items():
+            if value is not None and not math.isfinite(value):
+                raise Diverged(f"{name} is {float(value)} at step {state.global_step}")
+        if control.should_save:
+            self.look_at_weights(state.global_step)
+
+    def look_at_weights(self, step: int) -> None:
+        trained = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
+        if trained and not torch.stack([torch.isfinite(weight).all() for weight in trained]).all():
+            raise Diverged(f"the weights are no longer finite at step {step}")
+
+
+STATE = "run_state.pt"
+
+
+class Checkpoints(RunCallback):
+    """Saves when a signal asks for it, seals what is saved, and carries over a resume what transformers does not.
+
+    A checkpoint is sealed by a thread while training goes on: to read and hash it takes a third of the time that it
+    takes to write it. The oldest ones go when a newer one is sealed.
+    """
+
+    def __init__(self, trainer: Any, run: Run, checkpoint: Path | None, **facts: Any):
+        self.trainer, self.run, self.checkpoint, self.facts = trainer, run, checkpoint, facts
+        self.limit = trainer.args.save_total_limit
+        trainer.args.save_total_limit = None  # transformers would remove the last sealed one before the next is there
+        self.sealing: Thread | None = None
+        self.failure: OSError | None = None
+        self.saved = int(checkpoint.name.split("-")[1]) if checkpoint else -1  # the step that is written already
+        self.ending = self.due = False  # whether an epoch is at its end, and has a save to come
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        STOP.waits = True
+        if self.checkpoint is not None:
+            self.restore(torch.load(self.checkpoint / STATE, weights_only=True))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if STOP.asked:
+            control.should_save = control.should_training_stop = True
+        self.postpone(state, control)
+        self.before_saving(state, control)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if STOP.asked and STOP.waits:
+            control.should_save = control.should_training_stop = True
+        self.postpone(state, control)
+        self.before_saving(state, control)
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ending = self.due = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.ending = True
+        control.should_save = control.should_save or self.due
+        self.before_saving(state, control)
+
+    def postpone(self, state: Any, control: Any) -> None:
+        """Saves after the last step of an epoch once what is due at its end is logged and measured too.
+
+        Resumed from there, the next epoch begins, and nobody would do it any more.
+        """
+        over = control.should_training_stop or state.epoch == int(state.epoch)
+        if control.should_save and over and not (self.ending or STOP.asked):
+            control.should_save, self.due = False, True
+
+    def before_saving(self, state: Any, control: Any) -> None:
+        """What is saved already is not written over; where a disk has no room, nothing is begun."""
+        control.should_save = control.should_save and self.saved != state.global_step
+        if control.should_save:
+            need, free = self.need(), shutil.disk_usage(self.run.directory).free
+            if free < need:
+                raise DiskFull(no_room(self.run.directory, need))
+
+    def need(self) -> int:
+        """Bytes of a checkpoint: those of the last one, or for the first its weights and Adam's two moments."""
+        for folder in checkpoints.all_of(self.run.directory):
+            if manifest := checkpoints.read(folder):
+                return sum(file["size"] for file in manifest["files"].values())
+        weights = list(self.trainer.model.parameters())
+        trained = [weight for weight in weights if weight.requires_grad]
+        adapter = len(trained) < len(weights) and hasattr(self.trainer.model, "peft_config")
+        written = trained if adapter else weights
+        return sum(w.numel() * w.element_size() for w in written) + sum(8 * w.numel() for w in trained)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.finish()
+        folder = self.run.directory / f"checkpoint-{state.global_step}"
+        torch.save(self.state(), folder / STATE)
+        self.saved = state.global_step
+        metrics = self.run.directory / "metrics.jsonl"
+        facts = self.facts | {
+            "step": state.global_step,
+            "config_hash": self.run.record["config_hash"],
+            "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
+            "resumable": not args.save_only_model,
+        }
+        self.sealing = Thread(target=self.seal, args=(folder, facts, state.best_model_checkpoint))
+        self.sealing.start()
+
+    def seal(self, folder: Path, facts: dict[str, Any], best: str | None) -> None:
+        try:
+            if facts["metrics_bytes"]:
+                checkpoints.synced(self.run.directory / "metrics.jsonl")
+            checkpoints.seal(folder, **facts)
+            checkpoints.rotate(self.run.directory, self.limit, best)
+        except OSError as error:
+            self.failure = error
+
+    def finish(self) -> None:
+        """Waits for the seal of the last checkpoint. Raises OSError where it could not be written."""
+        if self.sealing is not None:
+            self.sealing.join()
+        if self.failure is not None:
+            raise self.failure
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        STOP.waits = False
+        self.finish()
+
+    # ------------------------------------------------------------ what transformers and TRL forget
+
+    def state(self) -> dict[str, Any]:
+        """Sums since the last log, tokens seen, a reference that moves, and what stops a run early."""
+        trainer = self.trainer
+        kept = {
+            "loss": trainer._tr_loss.item(),
+            "total_loss": trainer._total_loss_scalar,
+            "last_logged": trainer._globalstep_last_logged,
+            "ended": trainer.control.should_training_stop and not STOP.asked,
+            "training": trainer.model.training,
+            "callbacks": {type(c).__name__: c.state()["attributes"] for c in self.exported()},
+        }
+        if hasattr(trainer, "_metrics"):
+            kept |= {"metrics": {name: list(values) for name, values in trainer._metrics["train"].items()}}
+            kept |= {"tokens": trainer._total_train_tokens}
+        if getattr(trainer.args, "sync_ref_model", False):
+            kept |= {"reference": trainer.ref_model.state_dict()}
+        return kept
+
+    def restore(self, kept: dict[str, Any]) -> None:
+        trainer = self.trainer
+        trainer._tr_loss.fill_(kept["loss"])
+        trainer._total_loss_scalar = kept["total_loss"]
+        trainer._globalstep_last_logged = kept["last_logged"]
+        trainer.ended = kept["ended"]
+        self.apply_learning_rate()
+        trainer._initial_global_step = 0  # the mean loss is that of the whole run
+        trainer.model.train(kept["training"])  # what is logged last, TRL takes for training's or evaluation's by this
+        for callback in self.exported():
+            for name, value in kept["callbacks"].get(type(callback).__name__, {}).items():
+                setattr(callback, name, value)
+        if "metrics" in kept:
+            trainer._metrics["train"].update(kept["metrics"])
+            trainer._total_train_tokens = kept["tokens"]
+        if "reference" in kept:
+            trainer.ref_model.load_state_dict(kept["reference"])
+
+    def apply_learning_rate(self) -> None:
+        """Sets the rate that was asked for, where it is not the one that the saved schedule brought along."""
+        rate, scheduler = self.trainer.args.learning_rate, self.trainer.lr_scheduler
+        if isinstance(scheduler, LambdaLR) and any(base != rate for base in scheduler.base_lrs):
+            scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
+            for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+                group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+            scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+
+    def exported(self) -> list[Any]:
+        """The callbacks that have a state, as early stopping has; of training's control, transformers takes care."""
+        every = self.trainer.callback_handler.callbacks
+        return [callback for callback in every if isinstance(callback, ExportableState)]
 
 
 class Progress(RunCallback):
@@ -62,7 +256,8 @@ class Progress(RunCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             self.bars.start()
-            self.training = self.bars.add_task("training", total=state.max_steps, values="")
+            done = state.global_step
+            self.training = self.bars.add_task("training", total=state.max_steps, completed=done, values="")
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.training is not None:

@@ -25,6 +25,7 @@ from smoltrain import budget, report, runs
 from smoltrain.config import plain
 from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
+from smoltrain.lines import duration, size
 from smoltrain.preflight import Preflight, preflight, remarks
 from smoltrain.report import some
 
@@ -43,7 +44,7 @@ def check(cfg: DictConfig, strict: bool, quiet: bool = False) -> dict[str, Any]:
 
     Its `errors` would stop the run, its `warnings` would not; if `strict`, they keep it from being called ready.
     """
-    from smoltrain.train import pin_parent
+    from smoltrain.resume import pin_parent
 
     console = Console(highlight=False, quiet=quiet, width=None if sys.stdout.isatty() else WIDE)
     cfg.trainer.args.output_dir = str(runs.ROOT / cfg.name)
@@ -474,17 +475,3 @@ def show_verdict(console: Console, facts: dict[str, Any], strict: bool) -> None:
 
 def epochs_of(count: float) -> str:
     return "1 epoch" if round(count, 2) == 1 else f"{count:.3g} epochs"
-
-
-def size(count: float) -> str:
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -182,9 +182,11 @@ def arguments(verb: str, given: list[str], typed: str) -> list[str]:
     rest = [kind for kind in kinds if kind == "[overrides]"]
     valued = {word for flag, word in pairwise(given) if flags(verb).get(flag, ("", ""))[0]}
     passed = [word for word in given if "=" not in word and word[:1] not in ("", "-") and word not in valued]
+    if kinds and kinds[-1].rstrip("]").endswith("…"):  # may come again and again
+        kinds += kinds[-1:] * len(passed)
     if len(passed) < len(kinds) - len(rest) and "=" not in typed:
         kind = kinds[len(passed)]
-        return [kind.strip("[]"), *(rest if kind.startswith("[") else [])]
+        return [kind.strip("[]…"), *(rest if kind.startswith("[") else [])]
     return rest
 
 
@@ -297,14 +299,20 @@ def as_typed(value: Any) -> str:
 
 
 def finished_runs(words: list[str], typed: str) -> list[Offer]:
-    """The runs that completed here, the last one first, by each name that `runs.find` takes."""
-    from smoltrain import runs  # whose own imports cost as much as the rest of an answer
+    """The runs that completed here, the last one first, by their names and stamps."""
+    return kept_runs(words, typed, ("completed",))
 
-    found = {"latest": "the run that completed last"} if (directories := runs.completed()) else {}
-    for directory in directories:
-        path = directory.relative_to(runs.ROOT)
-        for name in path.parts:
-            found.setdefault(name, "" if name == path.name else f"the last of them, {path.name}")
+
+def kept_runs(words: list[str], typed: str, statuses: tuple[str, ...] = ()) -> list[Offer]:
+    """The runs that are kept here, of these statuses if any are given, as `history.resolve` takes them, last first."""
+    from smoltrain.history import every  # whose own imports cost as much as the rest of an answer
+
+    found: dict[str, str] = {}
+    for run in every():
+        if run.status in statuses or not statuses:
+            found.setdefault("latest", f"the last of them, {run.path}")
+            found.setdefault(run.name, f"the last of them, {run.run}")
+            found[run.run] = ""
     return [Offer(name, about) for name, about in found.items()]
 
 
@@ -342,6 +350,7 @@ KINDS: dict[str, Callable[..., list[Offer]]] = {
     "KEY": bare_keys,
     "A": experiments_and_runs,
     "B": experiments_and_runs,
+    "RUN": kept_runs,
     "FILE": files,
     "FOLDER": partial(files, only_folders=True),
     "NAME": nothing,

@@ -44,4 +44,5 @@ def replies(model, chat, rows: list[dict], max_new_tokens: int, batch_size: int)
         with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
         said += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    tokenizer.backend_tokenizer.no_padding()  # it keeps what it was last told, and is written beside the weights
     return [reply.strip() for reply in said]

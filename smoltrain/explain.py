@@ -1,11 +1,10 @@
 """The verbs that explain a config: `why` is a key what it is, `show` all of it with origins, `diff` two of them."""
 
 import json
-import math
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smoltrain import runs
-from smoltrain.config import ConfigError, leaves, suggest
+from smoltrain.config import ConfigError, leaves
 from smoltrain.config.compose import COMPOSING, compose, composed
 from smoltrain.config.groups import options
 from smoltrain.config.origins import COMMAND_LINE, Setting, Trace, trace
@@ -22,8 +21,9 @@ from smoltrain.config.overrides import spelled_out
 from smoltrain.config.renamed import advice
 from smoltrain.config.signatures import COMPUTED, REQUIRED, Parameter, signature
 from smoltrain.config.validate import meant
+from smoltrain.history import differing, opened, outcomes, resolve, settings
+from smoltrain.lines import Line, aligned, brief, cut, line, number, say, scalar
 
-Line = tuple[tuple[str, str], ...]  # parts, each with its style
 Pairs = dict[str, dict[str, Any]]  # by name, what "a" has and what "b" has
 
 
@@ -335,32 +335,13 @@ def looked(view: View) -> tuple[dict[str, Any], dict[str, str]]:
     return values, places
 
 
-def finished(reference: str, experiments: dict[str, str]) -> Side:
-    """A run that has ended. Of several of a name the one that started last; raises ConfigError where there is none."""
-    directory = Path(reference)
-    if reference == "latest":
-        directory = runs.find(reference)
-    elif not (directory / "run.json").is_file():
-        every = [file.parent for file in runs.ROOT.glob("**/run.json")]
-        named = [run for run in every if reference in run.relative_to(runs.ROOT).parts]
-        begun = [run for run in every if any(part.startswith(reference) for part in run.relative_to(runs.ROOT).parts)]
-        if not begun:
-            close = suggest(reference, [*experiments, *(part for run in every for part in run.parts[1:])])
-            raise ConfigError(f"{reference}: no experiment and no run is called that{close}")
-        if not named and len(begun) > 1:
-            some = sorted(str(run.relative_to(runs.ROOT)) for run in begun)
-            raise ConfigError(f"{reference}: {len(some)} runs begin so, as {' and '.join(some[:2])}")
-        directory = max(named or begun, key=lambda run: str(runs.read(run)["start"]))
-    try:
-        record = runs.read(directory)
-    except ValueError as error:
-        raise ConfigError(f"{directory / 'run.json'}: unreadable: {error}") from error
+def finished(reference: str, experiments: Iterable[str]) -> Side:
+    """A run that has ended. Raises ConfigError where there is none."""
+    directory = resolve(reference, completed=reference == "latest", experiments=experiments)
+    record = opened(directory).record
     if record["status"] == "running":
         raise ConfigError(f"{directory}: this run has not ended")
-    values = dict(leaves(record["config"]))
-    if record["parent"]:  # which is the same experiment wherever it is kept
-        values["model.from_run"] = f"a run with the config {record['parent']['config_hash']}"
-    return Side(f"run {directory}, {record['status']}", values, recalled(record), record)
+    return Side(f"run {directory}, {record['status']}", settings(record), recalled(record), record)
 
 
 def recalled(record: dict[str, Any]) -> dict[str, str]:
@@ -378,39 +359,16 @@ def recalled(record: dict[str, Any]) -> dict[str, str]:
 
 def differences(a: Side, b: Side) -> dict[str, Pairs]:
     """What differs, by section and name, a side None where it has nothing; of results, if one differs, all."""
-    left_out = runs.NOT_IDENTITY if a.record or b.record else ()
-    every = [name for name in a.values | b.values if not any(f"{name}.".startswith(f"{key}.") for key in left_out)]
-    nodes = list(dict.fromkeys(name.rpartition(".")[0] for name in every))
-    names = sorted(every, key=lambda name: nodes.index(name.rpartition(".")[0]))  # what only b has is beside the rest
 
     def valued(side: Side, name: str) -> dict[str, Any] | None:
         return {"value": side.values[name], "where": side.places.get(name, "")} if name in side.values else None
 
-    found = {"config": {name: {"a": valued(a, name), "b": valued(b, name)} for name in names if differ(a, b, name)}}
+    names = differing([a.values, b.values], runs.NOT_IDENTITY if a.record or b.record else ())
+    found = {"config": {name: {"a": valued(a, name), "b": valued(b, name)} for name in names}}
     if a.record and b.record:
-        for section in SECTIONS:
-            left, right = SECTIONS[section](a.record), SECTIONS[section](b.record)
-            pairs = {name: {"a": left.get(name), "b": right.get(name)} for name in left | right}
-            other = {name: pair for name, pair in pairs.items() if pair["a"] != pair["b"]}
-            found[section] = pairs if other and section == "results" else other
+        for section, rows in outcomes([a.record, b.record]).items():
+            found[section] = {name: {"a": left, "b": right} for name, (left, right) in rows.items()}
     return found
-
-
-def differ(a: Side, b: Side, name: str) -> bool:
-    return name not in a.values or name not in b.values or a.values[name] != b.values[name]
-
-
-def results(record: dict[str, Any]) -> dict[str, Any]:
-    outcome = {name: record[name] for name in ("status", "steps", "objective")}
-    return outcome | {name: value for name, value in record["metrics"].items() if not name.startswith("before/")}
-
-
-# Of two runs, what is compared beside their configs.
-SECTIONS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
-    "results": results,
-    "versions": lambda record: record["versions"],
-    "data": lambda record: record.get("fingerprints", {}),
-}
 
 
 def compared(found: dict[str, Pairs]) -> list[Line]:
@@ -438,64 +396,3 @@ def compared(found: dict[str, Pairs]) -> list[Line]:
 
 def place(row: dict[str, Any]) -> str:
     return COMMAND_LINE if row["chosen"] == COMMAND_LINE else row["where"]
-
-
-def aligned(cells: Sequence[tuple[str, ...]], margin: str = "  ") -> list[str]:
-    """Rows of cells as lines, in columns."""
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [(margin + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True))).rstrip() for row in cells]
-
-
-def line(text: str = "", style: str = "") -> Line:
-    return ((text, style),)
-
-
-def say(lines: list[Line]) -> None:
-    """Prints lines, on a terminal in their styles."""
-    if not sys.stdout.isatty():
-        print("\n".join("".join(text for text, _ in parts) for parts in lines))
-        return
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(highlight=False, soft_wrap=True).print(Text("\n").join(Text.assemble(*parts) for parts in lines))
-
-
-def number(value: Any) -> str:
-    if value is None:
-        return "none"
-    return f"{value:.6g}" if isinstance(value, float) else str(value)
-
-
-def brief(value: Any, room: int = 60) -> str:
-    """A value as one would type it, cut where it is long."""
-    typed = isinstance(value, float) or (isinstance(value, str) and re.match(r"[?$\w]", value) and value.isprintable())
-    return cut(str(value) if typed else scalar(value), room)
-
-
-def cut(text: str, room: int = 60) -> str:
-    return text if len(text) <= room else f"{text[: room - 1]}…"
-
-
-WORDS = {"true", "false", "yes", "no", "on", "off", "null", "y", "n"}  # which YAML reads as something else
-PLAIN = re.compile(r"[A-Za-z_/](?:[\w./@+-]| (?=[\w/]))*", re.ASCII)
-
-
-def scalar(value: Any) -> str:
-    """A value as YAML on one line, read back as it was by YAML 1.1 and 1.2."""
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{scalar(key)}: {scalar(inner)}" for key, inner in value.items()) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join(map(scalar, value)) + "]"
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, float):
-        text = repr(value)
-        if not math.isfinite(value):
-            return text.replace("inf", ".inf").replace("nan", ".nan")
-        return text if "." in text else text.replace("e", ".0e")
-    text = str(value)
-    if isinstance(value, int) or (PLAIN.fullmatch(text) and text.lower() not in WORDS):
-        return text
-    quoted = json.dumps(text, ensure_ascii=False)
-    return "".join(letter if letter.isprintable() else f"\\U{ord(letter):08x}" for letter in quoted)

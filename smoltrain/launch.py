@@ -25,6 +25,7 @@ from smoltrain.config.groups import defaults, options
 from smoltrain.config.overrides import quoted
 from smoltrain.config.signatures import signature
 from smoltrain.config.targets import allowed
+from smoltrain.history import completed
 from smoltrain.report import outcome
 
 TRAINER_TYPE = "trainer type"  # as the list of training parameters calls it
@@ -103,7 +104,7 @@ class Launcher:
     def choose_parent(self) -> None:
         """A finished run of the chosen model to start from; not asked as long as there is none."""
         model = self.config.model
-        ended = [(str(directory), runs.read(directory)) for directory in runs.completed()]
+        ended = [(str(directory), runs.read(directory)) for directory in completed()]
         same = [(path, outcome(record)) for path, record in ended if record["model"] == model.name_or_path]
         found = dict(same[:PARENTS])
         if not found:

@@ -11,9 +11,13 @@ from rich.console import Console
 from rich.table import Table
 
 from smoltrain import runs
+from smoltrain.lines import measured
 
 SAMPLES = 3
 SHOWN = 300  # letters of a text
+# Why rows are dropped that nothing is wrong with, as the record has it.
+BEYOND = "beyond data.test_rows"
+REPEATED, HELD_OUT_TOO = "repeated", "held out too"
 # Held-out losses are points: between two of them nothing was measured.
 CURVES = {"loss": ("training loss", ".-"), "eval_loss": ("held-out loss", "o")}
 
@@ -50,6 +54,20 @@ def facts(trainer: Any) -> dict[str, Any]:
     }
 
 
+def fingerprint(model: Any) -> str:
+    """Names the weights of a model, by the sums of their bits: exact, in any order and on any device."""
+    import hashlib
+
+    import torch
+
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    named = hashlib.sha256()
+    for name, weight in model.named_parameters():
+        total = weight.detach().reshape(-1).view(bits[weight.element_size()]).sum(dtype=torch.int64)
+        named.update(f"{name} {tuple(weight.shape)} {total.item()}".encode())
+    return named.hexdigest()[:16]
+
+
 def device_name(device: Any) -> str:
     """`cpu`, or an accelerator with its maker's name, as `cuda:0 NVIDIA H100 80GB HBM3`."""
     import torch
@@ -57,19 +75,23 @@ def device_name(device: Any) -> str:
     return f"{device} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else str(device)
 
 
-def samples(rows: list[dict], before: list[str], after: list[str]) -> list[dict[str, str]]:
-    """The first few held-out questions, what the data answers, and the replies of the starting and trained model."""
+def samples(rows: list[dict], replies: list[str]) -> list[dict[str, str]]:
+    """The first few held-out questions, what the data answers, and the replies of the starting model."""
     from smoltrain.data.tokens import question
 
     return [
         {
             "question": question(row)[-1]["content"],
             "answer": (row.get("chosen") or row.get("completion") or row["messages"])[-1]["content"],
-            "before": first,
-            "after": last,
+            "before": reply,
         }
-        for row, first, last in list(zip(rows, before, after, strict=True))[:SAMPLES]
+        for row, reply in list(zip(rows, replies, strict=True))[:SAMPLES]
     ]
+
+
+def answered(samples: list[dict[str, str]], replies: list[str]) -> list[dict[str, str]]:
+    """The same with the replies of the trained model."""
+    return [sample | {"after": reply} for sample, reply in zip(samples, replies, strict=False)]
 
 
 def banner(run: runs.Run, console: Console | None = None) -> None:
@@ -87,30 +109,37 @@ def banner(run: runs.Run, console: Console | None = None) -> None:
 
 def data(run: runs.Run, console: Console | None = None) -> None:
     """Where the record is, a line for each source, and in yellow what is cut, dropped, repeated or leaked."""
-    from smoltrain.data.splits import BEYOND
-
     console = console or Console(highlight=False, soft_wrap=True)
     console.print(f"run   {short(run.directory)}")
-    for name, source in run.record["sources"].items():
+    for line in sources(run.record):
+        console.print(f"data  {line}")
+    for line in draws(run.record["sources"]):
+        console.print(line)
+    for line in lost(run.record):
+        console.print(f"[yellow]{line}[/]")
+
+
+def sources(record: dict[str, Any]) -> list[str]:
+    """What each source brought, a line each."""
+    lines = []
+    for name, source in record["sources"].items():
         train, test = source["train"], source["test"]
         learned = f"{train['kept']:,} rows to learn from" if train["given"] else "read while it is learned from"
         unread = f"; not read: {', '.join(source['unread_columns'])}" if source["unread_columns"] else ""
         aside = f" and {test['dropped'][BEYOND]:,} left aside (data.test_rows)" if BEYOND in test["dropped"] else ""
-        console.print(f"data  {name}: {source['shape']}, {learned}, {test['kept']:,} held out{aside}{unread}")
-    for line in draws(run.record["sources"]):
-        console.print(line)
-    limit = f"trainer.args.max_length={run.record['config']['trainer']['args']['max_length']}"
-    for split, counts in run.record["rows"].items():
-        for line in losses(split, counts, limit):
-            console.print(f"[yellow]{line}[/]")
-    for line in run.record["warnings"]:
-        console.print(f"[yellow]{line}[/]")
+        lines.append(f"{name}: {source['shape']}, {learned}, {test['kept']:,} held out{aside}{unread}")
+    return lines
+
+
+def lost(record: dict[str, Any]) -> list[str]:
+    """What is cut, dropped, repeated or leaked, and what else is odd, a line each."""
+    limit = f"trainer.args.max_length={record['config']['trainer']['args']['max_length']}"
+    said = [line for split, counts in record["rows"].items() for line in losses(split, counts, limit)]
+    return said + record["warnings"]
 
 
 def losses(split: str, counts: dict[str, Any], limit: str) -> list[str]:
     """What is lost or odd in a split, a line each: rows cut, dropped and repeated, tokens that are not learned."""
-    from smoltrain.data.splits import BEYOND, HELD_OUT_TOO, REPEATED
-
     lines = []
     given = some(counts["given"], "row")
     if counts["cut"]:
@@ -151,7 +180,7 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
     for name, before, after in before_and_after(run.record["metrics"]):
-        table.add_row(name, number(name, before), number(name, after))
+        table.add_row(name, measured(name, before), measured(name, after))
     console.print(table)
     for sample in run.record["samples"][:1]:
         console.print(f"question  {shorten(sample['question'], SHOWN)}", markup=False)
@@ -164,7 +193,7 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
 def outcome(record: dict[str, Any]) -> str:
     """What a completed run came to, for where there is a line of it: `sft, exact_match 98.5%`."""
     name, _, after = before_and_after(record["metrics"])[0]
-    return f"{record['choices']['trainer']}, {name} {number(name, after)}"
+    return f"{record['choices']['trainer']}, {name} {measured(name, after)}"
 
 
 def ending(directory: Path) -> str:
@@ -173,6 +202,8 @@ def ending(directory: Path) -> str:
     where = f"at step {progress(record)}" if record["steps"] else "before the first step"
     rate = record["config"]["trainer"]["args"]["learning_rate"]
     mend = f"; lower trainer.args.learning_rate={rate}" if record["status"] == "diverged" else ""
+    if record["status"] in runs.UNFINISHED and not (directory.parent / "multirun.yaml").exists():
+        mend = "; the same command goes on"
     return f"{record['status']} {where}{mend}; report {short(directory / 'report.md')}"
 
 
@@ -199,12 +230,6 @@ def told(metrics: dict[str, float], prefix: str, name: str) -> float | None:
     # A model that still is its own reference gives both replies of a pair the same reward; TRL counts that as wrong.
     tie = name == "eval_rewards/accuracies" and metrics.get(f"{prefix}eval_rewards/margins") == 0
     return None if tie else metrics.get(f"{prefix}{name}")
-
-
-def number(name: str, value: float | None) -> str:
-    if value is None:
-        return "-"
-    return f"{value:.1%}" if name == "exact_match" or name.endswith("accuracies") else f"{value:.4f}"
 
 
 def write(directory: Path) -> None:
@@ -234,15 +259,17 @@ def write(directory: Path) -> None:
     if "rows" in record:
         lines += ["", "## Data", "", *data_table(record)]
     lines += ["", "## Held-out metrics", "", "| | before | after |", "|---|---:|---:|"]
-    lines += [f"| {n} | {number(n, b)} | {number(n, a)} |" for n, b, a in before_and_after(record["metrics"])]
+    lines += [f"| {n} | {measured(n, b)} | {measured(n, a)} |" for n, b, a in before_and_after(record["metrics"])]
     for sample in record.get("samples", []):
         lines += ["", f"> {shorten(sample['question'], SHOWN)}", ""]
-        lines += [f"- {name}: {shorten(sample[name], SHOWN)}" for name in ("answer", "before", "after")]
+        lines += [
+            f"- {name}: {shorten(sample[name], SHOWN)}" for name in ("answer", "before", "after") if name in sample
+        ]
     losses = [row for row in metrics if "loss" in row]
     if losses:
         lines += ["", "## Training", "", f"Loss {losses[0]['loss']:.4f} at step {losses[0]['step']}, "]
         lines[-1] += f"{losses[-1]['loss']:.4f} at step {losses[-1]['step']}."
-        if plot(directory / "curves.png", metrics):
+        if plot(directory / "curves.png", {"": metrics}):
             lines += ["", "![curves](curves.png)"]
     lines += ["", "## Versions", "", ", ".join(f"{name} {version}" for name, version in record["versions"].items())]
     lines += ["", "## Parameters", "", "```yaml", OmegaConf.to_yaml(record["config"]).rstrip(), "```", ""]
@@ -256,9 +283,7 @@ def data_table(record: dict[str, Any]) -> list[str]:
         for split in ("train", "test"):
             numbers = (source[split][key] for key in ("given", "kept", "cut", "tokens", "trained", "lost"))
             lines.append(f"| {name} | {source['shape']} | {split} | {' | '.join(f'{n:,}' for n in numbers)} |")
-    limit = f"trainer.args.max_length={record['config']['trainer']['args']['max_length']}"
-    said = [line for split, counts in record["rows"].items() for line in losses(split, counts, limit)]
-    said += [*draws(record["sources"]), *record["warnings"]]
+    said = [*draws(record["sources"]), *lost(record)]
     return [*lines, *([""] if said else []), *(f"- {line}" for line in said)]
 
 
@@ -270,8 +295,11 @@ def command(record: dict[str, Any]) -> str:
     return shlex.join(["smoltrain", *allowed, *(own if folders else []), *record["overrides"]])
 
 
-def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:
-    """Draws training and held-out loss by step; False, and no file, where matplotlib is not installed."""
+def plot(file: Path, runs: dict[str, list[dict[str, Any]]]) -> bool:
+    """Draws the losses of runs by step, given their metrics by what each is called; a single one needs no name.
+
+    False, and no file, where matplotlib is not installed.
+    """
     if importlib.util.find_spec("matplotlib") is None:
         return False
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -280,12 +308,16 @@ def plot(file: Path, metrics: list[dict[str, Any]]) -> bool:
     figure = Figure(figsize=(7, 4), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for name, (title, style) in CURVES.items():
-        points = [(row["step"], row[name]) for row in metrics if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), style, label=title)
+    for i, (called, metrics) in enumerate(runs.items()):
+        for name, (title, style) in CURVES.items():
+            points = [(row["step"], row[name]) for row in metrics if name in row]
+            if points:
+                label = title if len(runs) == 1 else called if name == "loss" else f"{called}, {title}"
+                (drawn,) = axes.plot(*zip(*points, strict=True), style, label=label)
+                if len(runs) > 1:
+                    drawn.set_color(f"C{i}")
     axes.set(xlabel="step", ylabel="loss")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize="small" if len(runs) > 1 else None)
     axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(file, dpi=120)
     return True

@@ -1,13 +1,16 @@
 """The record of a run: `run.json` and `metrics.jsonl` in the run's own directory. Everything else only reads it."""
 
 import copy
+import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
 import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable
@@ -25,7 +28,12 @@ if TYPE_CHECKING:  # completion reads records too, and has no time for these
 ROOT = Path("multirun")
 VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
 VERSIONS += ["hydra-core", "omegaconf"]
-WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png")
+WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt")
+GREATER = ("exact_match", "accuracies", "accuracy", "margins", "chosen")  # endings of metrics that are to grow
+UNFINISHED = ("interrupted", "preempted", "failed")
+# What of a record stays when its run is continued.
+STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "max_steps")
+DIRECTORY = "${hydra:runtime.output_dir}"  # in a config, where its run is kept
 # What may differ between two runs of the same experiment: where it is kept, who watches, who prepares its rows.
 NOT_IDENTITY = (
     "name",
@@ -35,6 +43,8 @@ NOT_IDENTITY = (
     "callbacks.progress",
     "check",
     "data.workers",
+    "resume",
+    "resume_changes",
 )
 
 
@@ -46,11 +56,39 @@ class Interrupted(KeyboardInterrupt):
     """A signal ended the run; its message names it. Python's own class would make the exit code a matter of chance."""
 
 
+class Finished(Exception):
+    """The same experiment has ended already, as the record in `directory` says."""
+
+    def __init__(self, directory: Path):
+        super().__init__(str(directory))
+        self.directory = directory
+
+
+class Stop:
+    """A signal that asks a run to stop: at once, but within training once its step is done and saved.
+
+    `waits` says that training is under way, `asked` is the signal that waits for it. A second one does not wait.
+    """
+
+    waits = False
+    asked: str | None = None
+
+    def ask(self, name: str) -> None:
+        if self.asked or not self.waits:
+            raise Interrupted(f"interrupted by {name}")
+        self.asked = name
+        print(f"{name}: saving after this step; once more leaves at once", file=sys.stderr, flush=True)
+
+
+STOP = Stop()
+
+
 class Run:
     """One run while it runs: a context that ends in exactly one status, whatever happens inside it.
 
     `completed` if the block ends, `diverged` on Diverged, `preempted` on an interrupt, `failed` on any other
-    exception; the exception passes on, after `on_end` has read the closed record.
+    exception; the exception passes on, after `on_end` has read the closed record. A run that this process has claimed
+    is continued: `former` is its record, of which STAYS stays.
     """
 
     def __init__(
@@ -68,13 +106,14 @@ class Run:
         self.on_end = on_end
         self.watchers: list[Any] = []
         self.began = time.monotonic()
+        self.former = CLAIMED.pop(self.directory.resolve(), None)
         config = plain(cfg, resolve=True)
         self.record: dict[str, Any] = {
             "status": "running",
             "name": cfg.name,
             "trainer": cfg.trainer._target_,
             "model": cfg.model.name_or_path,
-            "config_hash": config_hash(config, parent),
+            "config_hash": config_hash(config, parent, self.directory),
             "choices": choices,
             "config_dirs": own_folders(),
             "allowed": allowed(),
@@ -84,7 +123,8 @@ class Run:
             "start": now(),
             "end": None,
             "seconds": None,
-            "pid": os.getpid(),
+            "process": this_process(),
+            "resumed": [],
             "git": git_state(),
             "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in VERSIONS},
             "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
@@ -95,26 +135,62 @@ class Run:
             "error": None,
             "config": config,
         }
+        if self.former:
+            self.record |= {key: self.former[key] for key in STAYS if key in self.former}
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The trainer's arguments, as far as the config sets them."""
+        return self.record["config"]["trainer"]["args"]
 
     def __enter__(self) -> "Run":
         self.note()
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, ConfigError) and self.former:  # refused before it went on: it is what it was
+            write_record(self.directory, self.former)
+        elif not isinstance(error, Finished):
+            try:
+                self.close(error)
+            except OSError as full:  # the record says running, and of a process that is gone: interrupted
+                if error is None:
+                    raise
+                print(f"{self.directory}: its end cannot be written, {full}", file=sys.stderr)
+
+    def close(self, error: BaseException | None) -> None:
+        """Writes how the run ended, and tells all who watch it."""
+        status = status_of(error)
+        before = (self.former or {}).get("seconds") or 0
         self.note(
-            status=status_of(error),
+            status=status,
             end=now(),
-            seconds=round(time.monotonic() - self.began, 1),
+            seconds=round(before + time.monotonic() - self.began, 1),
             error=described(error),
+            objective=self.record["objective"] if status == "completed" else None,
         )
+        if error is not None and status == "failed":
+            text = "".join(traceback.format_exception(error))
+            (self.directory / "traceback.txt").write_text(redacted(text))
         self.on_end(self.directory)
         for watcher in self.watchers:
             watcher.on_run_end(self)
 
+    def rewind(self, manifest: dict[str, Any] | None) -> None:
+        """Goes back to a checkpoint, or to the start: what was logged after it will be logged again."""
+        manifest = manifest or {"step": 0, "metrics_bytes": 0, "config_hash": self.record["config_hash"]}
+        file = self.directory / "metrics.jsonl"
+        if file.exists():
+            os.truncate(file, manifest["metrics_bytes"])
+        if manifest["step"] == 0:
+            self.record["metrics"] = {}
+        again = {"step": manifest["step"], "at": now(), "config_hash": manifest["config_hash"]}
+        self.note(steps=manifest["step"], resumed=[*self.record["resumed"], again])
+
     def note(self, **facts: Any) -> None:
         """Adds facts to the record and writes it, whole or not at all."""
         self.record = redacted(self.record | facts)
-        write_atomically(self.directory / "run.json", json.dumps(self.record, indent=1) + "\n")
+        write_record(self.directory, self.record)
 
     def log(self, step: int, values: dict[str, Any]) -> None:
         """Adds a line to metrics.jsonl."""
@@ -126,6 +202,11 @@ class Run:
         self.watchers = watchers
         for watcher in watchers:
             watcher.on_run_begin(self)
+
+
+def worst(objective: str) -> float:
+    """What a run that came to nothing returns to a sweeper: worse than any value of its objective."""
+    return -math.inf if objective.endswith(GREATER) else math.inf
 
 
 def discard(directory: Path) -> None:
@@ -154,6 +235,10 @@ def described(error: BaseException | None) -> str | None:
     return str(error) if isinstance(error, Interrupted) else "".join(traceback.format_exception_only(error)).strip()
 
 
+def write_record(directory: Path, record: dict[str, Any]) -> None:
+    write_atomically(directory / "run.json", json.dumps(record, indent=1) + "\n")
+
+
 def write_atomically(path: Path, text: str) -> None:
     temporary = path.with_suffix(".tmp")
     with temporary.open("w") as file:
@@ -167,10 +252,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def config_hash(config: dict, parent: dict[str, str] | None) -> str:
+def config_hash(config: dict, parent: dict[str, str] | None, directory: Path | None = None) -> str:
     """Names the experiment: the same for the same resolved config, wherever it is kept and whoever watches.
 
-    A run that starts from another is named by that one's hash, not by the directory it happens to be in.
+    A run that starts from another is named by that one's hash, not by the directory it happens to be in. `directory` is
+    the run's own, where the config knows it already.
     """
     kept = copy.deepcopy(config)
     if parent is not None:
@@ -178,7 +264,10 @@ def config_hash(config: dict, parent: dict[str, str] | None) -> str:
     for key in NOT_IDENTITY:
         *parents, last = key.split(".")
         functools.reduce(dict.__getitem__, parents, kept).pop(last, None)
-    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
+    text = json.dumps(kept, sort_keys=True)
+    if directory is not None:
+        text = text.replace(json.dumps(str(directory))[1:-1], DIRECTORY)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def own_folders() -> list[str]:
@@ -200,36 +289,59 @@ def git_state() -> dict[str, Any] | None:
     return {"commit": head.stdout.strip(), "dirty": bool(changes.stdout.strip())}
 
 
+# ---------------------------------------------------------------- whose a run is
+
+CLAIMED: dict[Path, dict[str, Any]] = {}  # runs that this process goes on with, and what their records were
+
+
+def this_process() -> dict[str, Any]:
+    """What names a process for good: a pid alone comes again."""
+    import psutil
+
+    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+def gone(process: dict[str, Any]) -> bool:
+    """Whether a process has ended, awaited by its parent or not; of another machine's, nobody knows here."""
+    import psutil
+
+    if process["host"] != platform.node():
+        return False
+    try:
+        found = psutil.Process(process["pid"])
+        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - process["started"]) > 1
+    except psutil.NoSuchProcess:
+        return True
+
+
+def claim(directory: Path) -> bool:
+    """Makes an unfinished run this process's own, unless another was quicker."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        record = read(directory)
+        if record["status"] == "running":
+            return False
+        write_record(directory, record | {"status": "running", "process": this_process()})
+        CLAIMED[directory.resolve()] = record
+        return True
+    finally:
+        os.close(descriptor)
+
+
+# ---------------------------------------------------------------- reading
+
+
 def read(directory: Path) -> dict[str, Any]:
-    return json.loads((directory / "run.json").read_text())
+    """The record of a run; `interrupted` where it says running and its process is gone."""
+    record = json.loads((directory / "run.json").read_text())
+    if record["status"] == "running" and gone(record["process"]):
+        record["status"] = "interrupted"
+    return record
 
 
 def read_metrics(directory: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; not the last one where its writing was cut off."""
     file = directory / "metrics.jsonl"
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-
-
-def completed(root: Path = ROOT) -> list[Path]:
-    """The directories of all runs that completed, the one that started last first."""
-    found = [
-        (record["start"], file.stat().st_mtime, file.parent)
-        for file in root.glob("**/run.json")
-        if (record := read(file.parent))["status"] == "completed"
-    ]
-    return [directory for *_, directory in sorted(found, reverse=True)]
-
-
-def find(reference: str, root: Path = ROOT) -> Path:
-    """The directory of the completed run that `reference` means: a path, "latest", a name, or a stamp.
-
-    Of several, the one that started last. Raises ConfigError where there is none, or the one named by its path
-    did not complete.
-    """
-    if (Path(reference) / "run.json").is_file():
-        if (status := read(Path(reference))["status"]) != "completed":
-            raise ConfigError(f"{reference}: this run is {status}; only a completed run has a final model")
-        return Path(reference)
-    candidates = [d for d in completed(root) if reference == "latest" or reference in d.relative_to(root).parts]
-    if not candidates:
-        raise ConfigError(f"{reference}: no completed run of that name, stamp or path in {root.absolute()}")
-    return candidates[0]
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]

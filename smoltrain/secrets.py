@@ -14,9 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, quote_plus
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from smoltrain.config import ConfigError, Problem
 
 STARS = "***"
@@ -78,15 +75,20 @@ SHORT = 8  # characters; shorter values would star ordinary text
 
 def redacted(data: Any) -> Any:
     """A text, or plain data with its texts, in which each secret is `***`; lists and dicts are new ones."""
+    return starred(data, [spellings(value) for value in sorted(environment().values(), key=len, reverse=True)])
+
+
+def starred(data: Any, values: list[re.Pattern[str]]) -> Any:
+    """As `redacted`, given what finds the values of the environment."""
     if isinstance(data, dict):
-        return {redacted(key): redacted(value) for key, value in data.items()}
+        return {starred(key, values): starred(value, values) for key, value in data.items()}
     if isinstance(data, list | tuple):
-        return [redacted(value) for value in data]
+        return [starred(value, values) for value in data]
     if not isinstance(data, str):
         return data
     text = data
-    for value in sorted(environment().values(), key=len, reverse=True):
-        text = spellings(value).sub(STARS, text)
+    for spelling in values:
+        text = spelling.sub(STARS, text)
     for shape, _ in SHAPES:
         text = shape.sub(lambda match: (match[1] if match.re.groups else "") + STARS, text)
     return text
@@ -178,6 +180,9 @@ def leaks(cfg: dict[str, Any]) -> list[Problem]:
 
     Interpolations (`${oc.env:HF_TOKEN}`) are judged by what they name and by what they come to.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     problems, tree = [], OmegaConf.create(cfg)
     for key, value in texts(cfg):
         mend = instead(key, value)

@@ -64,6 +64,7 @@ class Trackio(RunCallback):
                 group=self.group,
                 config=flat | {"config": record["config"]},
                 embed=False,
+                resume="allow",
                 auto_log_cpu=False,
             )
         self.run.log({"status": "running"}, step=0)  # so that an early crash is seen

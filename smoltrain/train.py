@@ -1,38 +1,48 @@
 """The entrypoint: one resolved config becomes one recorded run. The `_target_` in the config is the method."""
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from smoltrain import report, runs
+from smoltrain import report, resume, runs
+from smoltrain.checkpoints import all_of
 from smoltrain.config import ConfigError, refusing
 from smoltrain.config.targets import instantiate
 from smoltrain.config.validate import validate
+from smoltrain.endings import explained
 
 
 def main(cfg: DictConfig) -> float:
     """Hydra's task: checks the config, opens the run, trains in it, and returns the objective for sweepers."""
     validate(cfg)
-    parent = pin_parent(cfg)
+    parent = resume.pin_parent(cfg)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("WORLD_SIZE: several processes were started, and a run is one process")
     hydra = HydraConfig.get()
-    if (Path(hydra.runtime.output_dir) / "run.json").exists():
-        raise ConfigError(f"hydra.run.dir={hydra.runtime.output_dir}: there is a run already; choose another directory")
+    directory = Path(hydra.runtime.output_dir)
+    if (directory / "run.json").exists() and directory.resolve() not in runs.CLAIMED:
+        raise ConfigError(f"hydra.run.dir={directory}: there is a run already; choose another directory")
     choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
-    with runs.Run(hydra.runtime.output_dir, cfg, choices, overrides, parent, report.write) as run:
+    with runs.Run(directory, cfg, choices, overrides, parent, report.write) as run, explained(run.directory, run.args):
         report.banner(run)
-        train(cfg, run)
+        train(cfg, run, fresh=cfg.resume == "never" or hydra.mode == RunMode.MULTIRUN)
     report.summary(run)
     return run.record["objective"]
 
 
-def train(cfg: DictConfig, run: runs.Run) -> None:
-    """Data, model, trainer; evaluate, train, evaluate; save. Nothing here knows which method it is."""
+def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
+    """Data, model, trainer; evaluate, train, evaluate; save. Nothing here knows which method it is.
+
+    Unless the run is to be a `fresh` one, it is not made again where it has ended already.
+    """
+    from transformers import set_seed
+
     from smoltrain.callbacks import Metrics
     from smoltrain.evaluate import evaluate, to_answer
     from smoltrain.preflight import preflight, remarks
@@ -40,24 +50,39 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
     found = preflight(cfg)
     found.refuse()
     chat, data = found.chat, found.data
-    run.note(**report.rows(data, chat.tokenizer), warnings=remarks(cfg, found))
+    learned = report.rows(data, chat.tokenizer)
+    run.note(**learned, warnings=remarks(cfg, found))
+    if not (fresh or all_of(run.directory)):
+        resume.stop_if_finished(run)
+    checkpoint = resume.checkpoint(run, cfg.resume_changes, learned["fingerprints"])
     report.data(run)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
-    run.note(**report.facts(trainer))
+    finite = watch(trainer, run, checkpoint)
+    model = {"model": report.fingerprint(trainer.model)}
+    resume.refuse_other(run, cfg.resume_changes, model)
+    run.note(**report.facts(trainer), fingerprints=learned["fingerprints"] | model)
     run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
 
     rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
-    before, first_replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
-    if cfg.objective not in before:
-        raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
-    run.note(metrics={f"before/{name}": value for name, value in before.items()})
-    trainer.train()
+    if checkpoint is None:
+        before, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
+        if cfg.objective not in before:
+            raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
+        run.note(
+            metrics={f"before/{name}": value for name, value in before.items()},
+            samples=report.samples(rows, replies),
+        )
+    set_seed(cfg.seed)  # a reference that is computed draws random numbers, one that is found in the cache draws none
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if runs.STOP.asked:
+        raise runs.Interrupted(f"interrupted by {runs.STOP.asked}, saved at step {trainer.state.global_step}")
     after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
-    trainer.save_model(str(run.directory / "model"))
+    finite.look_at_weights(trainer.state.global_step)
+    save(trainer, run.directory / "model")
     if found.streamed:  # what became of its rows is known only now
         run.note(**report.rows(data, chat.tokenizer))
         report.data(run)
@@ -65,8 +90,27 @@ def train(cfg: DictConfig, run: runs.Run) -> None:
         steps=trainer.state.global_step,
         metrics=run.record["metrics"] | after,
         objective=after[cfg.objective],
-        samples=report.samples(rows, first_replies, replies),
+        samples=report.answered(run.record["samples"], replies),
     )
+
+
+def watch(trainer: Any, run: runs.Run, checkpoint: Path | None) -> Any:
+    """Adds what stops a run that diverges, which it returns, and what makes its checkpoints ones to trust."""
+    from smoltrain.callbacks import Checkpoints, Finite
+
+    finite = Finite(trainer)
+    trainer.add_callback(finite)
+    trainer.add_callback(Checkpoints(trainer, run, checkpoint))
+    return finite
+
+
+def save(trainer: Any, folder: Path) -> None:
+    """Writes the final model, which is there whole or not at all."""
+    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    for left in (unfinished, folder):  # by a life that ended before the record said completed
+        shutil.rmtree(left, ignore_errors=True)
+    trainer.save_model(str(unfinished))
+    unfinished.rename(folder)
 
 
 def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
@@ -77,6 +121,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     from transformers import trainer as module
 
     from smoltrain.data.streams import BUFFER
+    from smoltrain.trainers import watched
 
     set_seed(cfg.seed)
     torch.set_num_threads(cfg.threads or int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1))
@@ -86,7 +131,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     if isinstance(rows, IterableDataset):  # a trainer shuffles what it can index; a stream, it cannot
         rows = rows.shuffle(seed=cfg.seed, buffer_size=BUFFER)
     with refusing("trainer"):
-        trainer = found.encoder.feed(instantiate(cfg.trainer))(
+        trainer = watched(found.encoder.feed(instantiate(cfg.trainer)))(
             model=model,
             processing_class=found.chat.tokenizer,
             train_dataset=rows,
@@ -98,18 +143,3 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     module.TRAINING_ARGS_NAME = os.devnull
     trainer.create_model_card = lambda **_: None  # TRL's names no model, and would replace a README.md of the user's
     return trainer
-
-
-def pin_parent(cfg: DictConfig) -> dict | None:
-    """Replaces `model.from_run` by the directory it means today, and returns what the record keeps of that run."""
-    if cfg.model.from_run is None:
-        return None
-    directory = runs.find(str(cfg.model.from_run)).resolve()
-    parent = runs.read(directory)
-    if parent["model"] != cfg.model.name_or_path:
-        raise ConfigError(
-            f"model.from_run={cfg.model.from_run}: {directory} trained {parent['model']}, but model= says "
-            f"{cfg.model.name_or_path}; choose the model that the run trained"
-        )
-    cfg.model.from_run = str(directory)
-    return {"directory": str(directory), "config_hash": parent["config_hash"], "trainer": parent["trainer"]}

@@ -5,6 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from smoltrain.config import ConfigError
 
@@ -27,8 +28,65 @@ def given_tokens(trainer: partial) -> partial:
                 return super()._prepare_dataset(dataset, processing_class, args, *rest)
             return dataset.shuffle(seed=args.seed) if getattr(args, "shuffle_dataset", False) else dataset
 
+        def _get_train_sampler(self, *dataset: Any) -> Any:
+            sampler = super()._get_train_sampler(*dataset)
+            return Grouped(sampler, self.args) if isinstance(sampler, LengthGroupedSampler) else sampler
+
     Given.__name__ = Given.__qualname__ = trainer.func.__name__
     return partial(Given, *trainer.args, **trainer.keywords)
+
+
+def watched(trainer: partial) -> partial:
+    """The same trainer, which tells what the step under way has come to, and resumes no further than it should.
+
+    Upstream hands `step_loss` and `step_grad_norm` to no callback, and logs them only every `logging_steps`; to look at
+    them then would let a run that has diverged go on until there. Resumed from the last step of a run, or from the one
+    that early stopping chose (`ended`), it would take one more step.
+    """
+
+    class Watched(trainer.func):  # type: ignore[name-defined]
+        step_loss: Any = None
+        step_grad_norm: Any = None
+        ended = False
+
+        def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+            if self.ended or self.state.global_step >= self.state.max_steps:
+                self.control.should_training_stop = True
+            else:
+                super()._run_epoch(*args, **kwargs)
+
+        def _issue_warnings_after_load(self, loaded: Any) -> None:
+            tied = set(self.model.all_tied_weights_keys)  # which one file holds once
+            if wrong := (set(loaded.missing_keys) - tied) | set(loaded.unexpected_keys):
+                raise RuntimeError(
+                    f"the weights of the checkpoint are not those of the model: {', '.join(sorted(wrong))}"
+                )
+
+        def training_step(self, *args: Any, **kwargs: Any) -> Any:
+            loss = super().training_step(*args, **kwargs)
+            self.step_loss = loss if self.step_loss is None else self.step_loss + loss
+            return loss
+
+        def _get_grad_norm(self, *args: Any, **kwargs: Any) -> Any:
+            self.step_grad_norm = super()._get_grad_norm(*args, **kwargs)
+            return self.step_grad_norm
+
+    Watched.__name__ = Watched.__qualname__ = trainer.func.__name__
+    return partial(Watched, *trainer.args, **trainer.keywords)
+
+
+class Grouped(LengthGroupedSampler):
+    """Rows grouped by length, with a generator of their own that each epoch seeds anew, as accelerate's random rows.
+
+    From torch's own generator an epoch that is resumed would draw another order: some rows twice, others never.
+    """
+
+    def __init__(self, sampler: LengthGroupedSampler, args: Any) -> None:
+        super().__init__(sampler.batch_size, lengths=sampler.lengths, generator=torch.Generator())
+        self.seed = args.seed if args.data_seed is None else args.data_seed
+
+    def set_epoch(self, epoch: int) -> None:
+        self.generator.manual_seed(self.seed + epoch)
 
 
 def weighing(trainer: partial) -> partial:

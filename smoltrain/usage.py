@@ -4,8 +4,6 @@ import re
 import shutil
 import sys
 
-from smoltrain.config.groups import defaults, options
-
 # Each verb's own screen, which is all that is said of it anywhere. Its first line is the usage and, after a colon, what
 # the verb does: `--help` shows it, and completion offers what it names (`completion.KINDS`). A line that begins with a
 # flag is that flag: its names, the kind of its value, what it is for.
@@ -76,6 +74,39 @@ smoltrain diff A B: what differs between two configs or two runs, key by key
 
 Exit codes: 0 nothing differs, 1 something does, 2 trouble.
 """,
+    "reproduce": """\
+smoltrain reproduce RUN: make a run again and say whether the same came out
+
+  RUN is a completed run: its directory, name or stamp, or latest. What differs from then, of versions, data and the
+  machine, is said; on the same machine metrics and weights are equal to the last bit. The new run stands beside the
+  old one.
+
+  --allow NAME         code of your own that may run, as in a run
+
+Exit codes: 0 metrics and weights are equal, 1 they are not, 2 refused.
+""",
+    "runs": """\
+smoltrain runs [show|compare|rows RUN…]: all runs of this folder, one, or several side by side
+
+  Without more it prints a table, newest first. Filters are key=value, of its columns or of the config, and several are
+  and-ed: smoltrain runs status=completed trainer=dpo trainer.args.learning_rate=2e-05
+
+  show RUN             how a run ended, what it was, what it left, its metrics, its loss
+  compare RUN RUN…     what differs between the configs of runs, beside their final metrics and losses
+  rows RUN             the data rows that a step learned from, as they were trained on, worked out from the record
+
+  RUN is a run's directory, name (the newest of that name) or stamp, the beginning of one, or latest, the newest of all.
+  A sweep's stamp stands for all its runs in compare; one of them is STAMP/JOB.
+
+  --sort KEY           by a column or a config key, the smallest first; runs without one come last
+  --plot FILE          compare: draws the losses into a picture, .png or .svg; needs matplotlib
+  --json               the same as JSON; show prints the record
+  --step 120|100-103   rows: of one step, of a range, or of several, 3,7
+  --spikes             rows: of the steps whose loss or gradient norm stands out, the farthest first
+  --allow NAME         rows: code of your own that may run, as in the run
+
+Exit codes: 0 shown, 2 trouble.
+""",
     "launch": """\
 smoltrain launch: choose interactively; prints the command it stands for
 
@@ -84,7 +115,7 @@ smoltrain launch: choose interactively; prints the command it stands for
   --config-dir FOLDER  YAML files of your own, as choices beside ours
 """,
     "dashboard": """\
-smoltrain dashboard: look at the curves of all runs of this folder, in a browser
+smoltrain dashboard: the curves of all runs of this folder, in a browser
 
   Opens Trackio on multirun/trackio, until Ctrl+C.
 """,
@@ -140,8 +171,11 @@ def flags(verb: str) -> dict[str, tuple[str, str]]:
 
 def overview(arguments: list[str]) -> str:
     """One screen: the verbs, each group with its options and what they are, the default first, and examples."""
+    from smoltrain.config.groups import defaults, options  # which read YAML, as no other screen does
+
     lines = ["smoltrain: post-train small language models. What you ask for is what runs.", ""]
-    lines += [f"  {usage:34}{text}" for usage, text in map(summary, VERBS)]
+    wide = max(len(summary(verb)[0]) for verb in VERBS) + 2
+    lines += [f"  {usage:{wide}}{text}" for usage, text in map(summary, VERBS)]
     lines += ["", "Overrides are key=value or group=option; a group's first is its default (peft, experiment: none)"]
     for group in defaults():
         lines += [f"  {f'{group}={option}':30}{text}" for option, text in options(group, arguments).items()]

@@ -1,21 +1,25 @@
 """The tiny world of the tests: real commands in this process, in an empty folder, on a few rows."""
 
 import atexit
+import contextlib
+import gc
 import json
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of prepared rows, for this process and those it starts
-# As the command sets them where no terminal is, before any test imports datasets or tqdm, which read them once.
-os.environ |= {"DATASETS_VERBOSITY": "critical", "TQDM_DISABLE": "1"}
+from smoltrain.__main__ import MANNERS, main
+
+os.environ |= MANNERS  # as the command does, before any test imports what reads them once
 
 import pytest
+from lives import Life, Lives
 
-from smoltrain.__main__ import main
 from smoltrain.config.compose import compose
 from smoltrain.config.resolvers import register
 
@@ -31,6 +35,7 @@ QUICK = (
     "trainer.args.logging_steps=1",
     "trainer.args.per_device_train_batch_size=4",
     "trainer.args.save_strategy=no",
+    "resume=never",
 )
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -51,6 +56,20 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
+settled = 0
+
+
+@pytest.fixture(autouse=True)
+def settle():
+    """What has been imported is not looked through again: a run collects its garbage, half of its time went there."""
+    global settled
+    yield
+    if len(sys.modules) > settled + 50:
+        gc.collect()
+        gc.freeze()
+        settled = len(sys.modules)
+
+
 @pytest.fixture
 def smoltrain(folder):
     """Runs one command line, QUICK overrides before it, and returns the records of the runs it made in order."""
@@ -66,3 +85,43 @@ def smoltrain(folder):
         return sorted(records, key=lambda record: str(record["directory"]))
 
     return run
+
+
+@pytest.fixture(scope="session")
+def lives():
+    with Lives() as server:
+        yield server
+
+
+@pytest.fixture
+def forked(lives, folder):
+    """Starts one command line in a process of its own that has imported everything: see `lives.Lives.start`."""
+    with contextlib.ExitStack() as living:
+
+        def start(*arguments: str, **given) -> Life:
+            return living.enter_context(lives.start(arguments, **given))
+
+        yield start
+
+
+@pytest.fixture
+def figure(record_property):
+    """Notes how many of so many cases were good; `make torture` ends with a table of these."""
+
+    def note(what: str, good: int, of: int | None = None, stack: str = "smoltrain") -> None:
+        record_property("figure", [what, stack, good, of])
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    if config.option.markexpr != "torture":
+        return
+    reports = [report for kind in ("passed", "failed") for report in terminalreporter.getreports(kind)]
+    table: dict[str, dict[str, list[int | None]]] = {}
+    for what, stack, good, of in (noted for r in reports for name, noted in r.user_properties if name == "figure"):
+        sums = table.setdefault(what, {}).setdefault(stack, [0, of and 0])
+        sums[:] = [sums[0] + good, of and sums[1] + of]
+    for what, stacks in sorted(table.items()):
+        said = {stack: f"{good:,}" + (f" of {of:,}" if of else "") for stack, (good, of) in stacks.items()}
+        terminalreporter.write_line(f"{what:72}{said.get('smoltrain', ''):>16}{said.get('stock', ''):>16}")

@@ -3,8 +3,6 @@
 import random
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
 from omegaconf import OmegaConf
@@ -319,12 +317,11 @@ PART = "import transformers\n\n\nclass Part(transformers.TrainerCallback):\n    
         ("{}['absent']", 1, "KeyError: 'absent'"),
     ],
 )
-def test_an_exception_in_a_users_own_part_shows_their_frame_and_not_hydras(folder, body, code, said):
+def test_an_exception_in_a_users_own_part_shows_their_frame_and_not_hydras(forked, folder, body, code, said):
     (folder / "parts.py").write_text(PART.format(body))
     few = ["data.train_rows=16", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none"]
-    command = [sys.executable, "-m", "smoltrain", "--allow", "parts", "callbacks.own={_target_: parts.Part}", *few]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == code, done.stderr
+    done = forked("--allow", "parts", "callbacks.own={_target_: parts.Part}", *few)
+    assert done.wait() == code, done.stderr
     assert said.replace("FILE", str(folder / "parts.py")) in done.stderr
     assert 'parts.py", line 6, in __init__' in done.stderr or code == 2
     assert "site-packages" not in done.stderr.replace("site-packages/smoltrain", "")

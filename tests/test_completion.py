@@ -205,13 +205,18 @@ def finish(directory: Path, status: str, start: str) -> None:
     (directory / "run.json").write_text(json.dumps({"status": status, "start": start}))
 
 
-def test_finished_runs_are_offered_by_every_name_they_have(folder):
+def test_runs_are_offered_by_name_and_stamp(folder):
     assert offered("model.from_run=") == []
     finish(folder / "multirun" / "demo" / "20260101-000000-aaaa", "completed", "2026-01-01")
     finish(folder / "multirun" / "demo" / "20260102-000000-bbbb", "failed", "2026-01-02")
     finish(folder / "multirun" / "sweep" / "20260103-000000-cccc" / "0_seed-1", "completed", "2026-01-03")
-    names = ["latest", "sweep", "20260103-000000-cccc", "0_seed-1", "demo", "20260101-000000-aaaa"]
+    names = ["latest", "sweep", "20260103-000000-cccc/0_seed-1", "demo", "20260101-000000-aaaa"]
     assert offered("model.from_run=") == [f"model.from_run={name}" for name in names]
+    every = [*names[:4], "20260102-000000-bbbb", names[4]]
+    assert offered("runs", "show", "") == offered("runs", "compare", "demo", "latest", "") == every
+    assert offered("runs", "") == ["show", "compare", "rows"] and offered(
+        "runs", "compare", "demo", "--plot", "mult"
+    ) == ["multirun/"]
 
 
 def test_a_verbs_usage_says_what_follows_it(monkeypatch, folder):
@@ -234,7 +239,7 @@ def test_the_flags_of_a_screen_are_offered_and_every_argument_is_of_a_known_kind
 
     assert set(offered(verb, "-")) == {flag for flag in flags(verb) if flag != "-"}
     kinds = [kind for kind, _ in flags(verb).values() if kind] + summary(verb)[0].split()[2:]
-    assert all(kind in KINDS or kind.strip("[]") in KINDS or "|" in kind for kind in kinds)
+    assert all(kind in KINDS or kind.strip("[]…") in KINDS or "|" in kind for kind in kinds)
 
 
 # ---------------------------------------------------------------- the command

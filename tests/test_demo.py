@@ -1,8 +1,10 @@
 """The main job as a newcomer runs it: whole commands, full size, in processes of their own, without a network."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,26 +24,37 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """Runs one command offline, all in one folder, and returns its record and what it printed."""
-    folder = tmp_path_factory.mktemp("demo")
+def home(tmp_path_factory):
+    """One folder for all runs, and the newcomer's home."""
+    return tmp_path_factory.mktemp("demo")
 
-    def command(*arguments: str) -> tuple[dict, str]:
-        before = set(folder.glob("multirun/*/*/run.json"))
-        environment = {"PATH": "/usr/bin:/bin", "HOME": str(folder), "HF_TOKEN": "hf_none"}
-        done = subprocess.run(
-            [sys.executable, "-c", OFFLINE, *arguments], cwd=folder, env=environment, capture_output=True, text=True
-        )
-        assert done.returncode == 0 and "NETWORK" not in done.stderr, done.stderr
-        (file,) = set(folder.glob("multirun/*/*/run.json")) - before
-        return json.loads(file.read_text()), done.stdout
 
-    return command
+def outcome(home: Path, returncode: int, out: str, error: str, before: set[Path]) -> tuple[dict, str]:
+    """The record of the run that is new in a folder, and what it printed."""
+    assert returncode == 0 and "NETWORK" not in error, error
+    (file,) = set(home.glob("multirun/*/*/run.json")) - before
+    return json.loads(file.read_text()), out
 
 
 @pytest.fixture(scope="module")
-def sft(run):
-    return run("name=demo")
+def sft(home):
+    """The first run, which knows nothing of the tests' environment."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "HF_TOKEN": "hf_none"}
+    command = [sys.executable, "-c", OFFLINE, "name=demo"]
+    done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
+    return outcome(home, done.returncode, done.stdout, done.stderr, set())
+
+
+@pytest.fixture
+def run(home, forked):
+    """Runs one more command offline and returns its record and what it printed."""
+
+    def command(*arguments: str) -> tuple[dict, str]:
+        before = set(home.glob("multirun/*/*/run.json"))
+        life = forked(*arguments, code=OFFLINE, cwd=home, env=os.environ | {"HF_TOKEN": "hf_none"})
+        return outcome(home, life.wait(600), life.stdout, life.stderr, before)
+
+    return command
 
 
 def test_sft_gains_forty_points_and_shows_it(sft):
@@ -87,11 +100,11 @@ def test_the_embedded_model_is_small_and_whole():
     assert tokenizer.convert_ids_to_tokens(model.config.eos_token_id) == "<|im_end|>"
 
 
-def test_pretraining_repeats_bit_for_bit(folder):
-    from smoltrain.tiny.pretrain import pretrain
-
-    for name in ("a", "b"):
-        pretrain(folder / name, steps=3)
+def test_pretraining_repeats_bit_for_bit(forked, folder):
+    code = "import sys, pathlib, smoltrain.tiny.pretrain as made; made.pretrain(pathlib.Path(sys.argv[1]), steps=3)"
+    for name in ("a", "b"):  # in processes of their own, for it takes two threads
+        life = forked(name, code=code)
+        assert life.wait() == 0, life.stderr
     files = [(folder / name / "model.safetensors").read_bytes() for name in ("a", "b")]
     assert files[0] == files[1]
 

@@ -49,14 +49,13 @@ def answers(
 
 
 @pytest.fixture
-def launch(folder):
+def launch(forked):
     """Types the lines into `smoltrain launch` and returns what it printed, having checked its exit code."""
 
     def run(lines: list[str], *flags: str, code: int = 0) -> str:
-        text = "".join(f"{line}\n" for line in lines)
-        done = subprocess.run([*LAUNCH, *flags], input=text, capture_output=True, text=True, cwd=folder, timeout=300)
-        assert done.returncode == code, done.stdout + done.stderr
-        return done.stdout
+        life = forked("launch", *flags, stdin="".join(f"{line}\n" for line in lines))
+        assert life.wait(300) == code, life.stdout + life.stderr
+        return life.stdout
 
     return run
 

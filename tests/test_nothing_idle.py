@@ -54,9 +54,9 @@ class Trace:
         patch.setattr(_instantiate2, "_call_target", functools.partial(self.build, _instantiate2._call_target))
         patch.setattr(train, "train", functools.partial(self.note, train.train))
 
-    def note(self, original: Any, cfg: DictConfig, run: Any) -> None:
+    def note(self, original: Any, cfg: DictConfig, run: Any, fresh: bool) -> None:
         self.configs.append(plain(cfg))
-        original(cfg, run)
+        original(cfg, run, fresh)
 
     def unread(self) -> list[str]:
         """The leaves of the configs that ran which nothing has read."""

@@ -27,8 +27,10 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
 CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
 EXPLAIN = (["why"], ["show"], ["diff"])
-VERBS = (["check"], ["launch"], ["dashboard"], ["--help"], *EXPLAIN)
-RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c]
+OF_RUNS = (["runs"], ["reproduce"])
+VERBS = (["check"], ["launch"], ["dashboard"], ["--help"], *EXPLAIN, *OF_RUNS)
+GO_ON = [c for c in COMMANDS if any(a.startswith("resume=multirun/") for a in c)]
+RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c and c not in GO_ON]
 CHECK = [c for c in COMMANDS if c[:1] == ["check"]]
 LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] in (["--help"], *EXPLAIN) or "--cfg" in c]
 
@@ -90,6 +92,70 @@ def test_the_own_experiment_trains_an_adapter_stops_early_and_is_loaded_as_shown
     assert capsys.readouterr().out.startswith("<|im_start|>user\nMia has 21 beads")
 
 
+@pytest.fixture
+def cut_off(smoltrain, monkeypatch):
+    """Makes a run that fails in its fourth step and has a checkpoint of each before, and returns its directory."""
+    from test_endings import FEW
+    from transformers import Trainer
+
+    def run(*arguments):
+        real = Trainer.training_step
+
+        def step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise RuntimeError("cut off")
+            return real(self, *args, **kwargs)
+
+        often = tuple(o for o in FEW if "save_steps" not in o)
+        with monkeypatch.context() as patched, pytest.raises(RuntimeError):
+            patched.setattr(Trainer, "training_step", step)
+            smoltrain(*arguments, "trainer.args.save_steps=1", quick=often)
+        (file,) = Path().glob("multirun/*/*/run.json")
+        return file.parent, (*often, "trainer.args.save_steps=1")
+
+    return run
+
+
+def test_a_broken_run_is_gone_on_with_as_shown(cut_off, smoltrain, capsys):
+    ((line, *shown),) = [
+        text.splitlines() for text in re.findall(r"```text\n\$ (.*?)\n```", README, re.DOTALL) if "name=long" in text
+    ]
+    run, quick = cut_off("name=long")
+    file = run / "checkpoint-3" / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    capsys.readouterr()
+    smoltrain(*shlex.split(line)[1:], quick=quick)
+    said = [text for text in capsys.readouterr().out.splitlines() if text.startswith(("checkpoint-3", "continues"))]
+
+    def general(text):
+        return re.sub(r"checkpoint-\d+|\d{8}-\d{6}-\w{4}|failed|interrupted", "…", text)
+
+    assert [*map(general, said)] == [*map(general, shown)] and len(shown) == 2
+
+
+@pytest.mark.parametrize("command", GO_ON, ids=" ".join)
+def test_a_named_run_is_gone_on_with(cut_off, smoltrain, command):
+    run, quick = cut_off("name=long")
+    smoltrain(*(f"resume={run}" if a.startswith("resume=") else a for a in command), "name=long", quick=quick)
+
+
+def test_runs_are_looked_at(smoltrain, capsys):
+    smoltrain("seed=1")
+    smoltrain("seed=2")
+    looks = [command for command in COMMANDS if command[:1] == ["runs"]]
+    for command in looks:
+        capsys.readouterr()
+        assert main(command) == 0
+        assert "20" in capsys.readouterr().out
+    assert {command[1] for command in looks if len(command) > 2} == {"show", "compare", "rows"}
+
+
+def test_a_run_is_made_again(smoltrain, capsys):
+    assert ["reproduce", "latest"] in COMMANDS
+    smoltrain("name=once")
+    assert main(["reproduce", "latest"]) == 0 and capsys.readouterr().out.endswith("weights  equal\n")
+
+
 @pytest.mark.parametrize("command", LOOK, ids=" ".join)
 def test_a_looking_command_looks(capsys, command):
     assert main(command) == int(command[0] == "diff")  # as diff has it: 1 where something differs
@@ -109,7 +175,7 @@ SLOW = "name: slow\ndefaults: [override /trainer: dpo, _self_]\ntrainer:\n  args
 SESSIONS = {
     shown[0]: "\n".join(shown[1:])
     for text in re.findall(r"```text\n\\$ (.*?)\n```", README, re.DOTALL)
-    if (shown := text.splitlines()) and " check " not in shown[0]
+    if (shown := text.splitlines()) and not re.search(" check | name=long", shown[0])
 }
 
 

@@ -41,19 +41,24 @@ from smoltrain.config.validate import resolved
 from smoltrain.model import locate
 from smoltrain.preflight import preflight
 
-OWN = Path(__file__).parent / "conf"
+OWN = Path(__file__).parent / "conf"  # where trainer=kto is
 ALL = {f.name for kind in (SFTConfig, DPOConfig, KTOConfig, GRPOConfig) for f in fields(kind)}
 
 
-FLAGS = [f"--config-dir={OWN}"]
+@cache
+def values_of(*overrides: str) -> dict:
+    """The config of a command line, whatever is wrong with it."""
+    flags = [f"--config-dir={OWN}"] if KTO in overrides else []
+    values, _ = resolved(composed(sorted_out(list(overrides), flags)[0], flags))
+    return values
 
 
 @cache
 def found(*overrides: str) -> list[str]:
     """What the rules say of a command line."""
-    usable, _, _ = sorted_out(list(overrides), FLAGS)
-    values, _ = resolved(composed(usable, FLAGS))
-    return [problem.text for problem in problems(values, origins(usable, FLAGS))]
+    flags = [f"--config-dir={OWN}"] if KTO in overrides else []
+    chains = origins(sorted_out(list(overrides), flags)[0], flags)
+    return [problem.text for problem in problems(values_of(*overrides), chains)]
 
 
 ADAPTER = ("peft=lora",)
@@ -219,8 +224,7 @@ CHOICES = [
 @pytest.mark.parametrize(("group", "option"), CHOICES)
 def test_what_is_shipped_breaks_no_rule_and_looks_like_no_mistake(group, option):
     assert found(f"{group}={option}") == []
-    values, _ = resolved(composed([f"{group}={option}"], []))
-    assert remarks(values) == []
+    assert remarks(values_of(f"{group}={option}")) == []
 
 
 FINE = [  # sound settings beside those that are refused
@@ -384,8 +388,8 @@ def test_a_file_may_say_what_the_command_line_turns_off(folder):
     ],
 )
 def test_what_looks_like_a_mistake_is_remarked(overrides, message):
-    values, _ = resolved(composed(overrides, []))
-    assert any(re.search(message, text) for text in remarks(values)) and found(*overrides) == []
+    said = remarks(values_of(*overrides))
+    assert any(re.search(message, text) for text in said) and found(*overrides) == []
 
 
 @pytest.mark.parametrize(
@@ -399,8 +403,7 @@ def test_what_looks_like_a_mistake_is_remarked(overrides, message):
     ],
 )
 def test_what_is_usual_is_not(overrides):
-    values, _ = resolved(composed(overrides, []))
-    assert remarks(values) == []
+    assert remarks(values_of(*overrides)) == []
 
 
 def test_small_updates_are_lost_in_weights_of_16_bits():

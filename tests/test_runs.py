@@ -18,7 +18,8 @@ from conftest import resolvable
 from smoltrain import runs
 from smoltrain.config import ConfigError, plain
 from smoltrain.config.resolvers import stamp
-from smoltrain.runs import config_hash, find, read_metrics
+from smoltrain.history import resolve
+from smoltrain.runs import config_hash, read_metrics
 
 
 def test_the_record_says_what_ran(smoltrain):
@@ -71,7 +72,7 @@ def test_the_hash_ignores_where_and_who_watches_and_nothing_else():
 def test_a_run_starts_from_another(smoltrain, capsys):
     (sft,) = smoltrain("name=first")
     for reference in ("latest", "first", str(sft["directory"]), sft["directory"].name):
-        assert find(reference).resolve() == sft["directory"]
+        assert resolve(reference, completed=True).resolve() == sft["directory"]
     capsys.readouterr()
     (dpo,) = smoltrain("trainer=dpo", "model.from_run=latest")
     out = capsys.readouterr().out
@@ -104,9 +105,9 @@ def test_only_a_completed_run_has_a_model_to_start_from(smoltrain, folder, capsy
     file = record["directory"] / "run.json"
     file.write_text(json.dumps(runs.read(record["directory"]) | {"status": "failed"}))
     with pytest.raises(ConfigError, match="this run is failed"):
-        find(str(record["directory"]))
+        resolve(str(record["directory"]), completed=True)
     with pytest.raises(ConfigError, match="no completed run"):
-        find("latest")
+        resolve("latest", completed=True)
 
 
 def test_a_diverged_run_exits_3_and_has_no_final_model(smoltrain, capsys):
@@ -123,59 +124,50 @@ def test_a_diverged_run_exits_3_and_has_no_final_model(smoltrain, capsys):
 
 def test_a_failing_run_says_so_and_passes_the_error_on(smoltrain, monkeypatch, folder):
     def fail(*args, **kwargs):
-        raise MemoryError("no room")
+        raise OSError("no such tape")
 
     monkeypatch.setattr("trl.SFTTrainer.training_step", fail)
-    with pytest.raises(MemoryError):
+    with pytest.raises(OSError, match="no such tape"):
         smoltrain()
     (file,) = folder.glob("multirun/*/*/run.json")
     assert (json.loads(file.read_text())["status"], json.loads(file.read_text())["error"]) == (
         "failed",
-        "MemoryError: no room",
+        "OSError: no such tape",
     )
-    assert "MemoryError: no room" in (file.parent / "report.md").read_text()
+    assert "OSError: no such tape" in (file.parent / "report.md").read_text()
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_an_interrupted_run_is_preempted(folder, sign):
-    command = [
-        sys.executable,
-        "-m",
-        "smoltrain",
-        "tracking=none",
-        "evaluation.max_rows=0",
-        "trainer.args.max_steps=9999",
-    ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in process.stdout:
-        if line.startswith("step 10/"):
-            process.send_signal(sign)
-            break
-    output, _ = process.communicate(timeout=60)
+def test_an_interrupted_run_is_preempted(forked, folder, sign):
+    life = forked("tracking=none", "evaluation.max_rows=0", "trainer.args.max_steps=9999")
+    life.until("\nstep 10/")
+    life.kill(sign)
+    code = life.wait(timeout=60)
     (file,) = folder.glob("multirun/*/*/run.json")
     record = json.loads(file.read_text())
-    assert (process.returncode, record["status"], record["error"]) == (143, "preempted", f"interrupted by {sign.name}")
+    ended = f"interrupted by {sign.name}, saved at step {record['steps']}"
+    assert (code, record["status"], record["error"]) == (143, "preempted", ended)
     assert record["steps"] >= 10 and not (file.parent / "model").exists()
     report = file.with_name("report.md").relative_to(folder)
-    assert output.splitlines()[-1] == f"preempted at step {record['steps']} of 9999; report {report}"
+    last = f"preempted at step {record['steps']} of 9999; the same command goes on; report {report}"
+    assert life.stderr.splitlines()[-1] == last
 
 
-def test_an_interrupt_while_rows_are_prepared_leaves_no_worker_behind(folder):
+def test_an_interrupt_while_rows_are_prepared_leaves_no_worker_behind(forked, folder):
     row = {"prompt": "How many plums? " * 40, "completion": "Seven."}
     (folder / "rows.jsonl").write_text("".join(json.dumps(row | {"id": i}) + "\n" for i in range(30_000)))
-    command = [sys.executable, "-m", "smoltrain", "data.path=rows.jsonl", "data.workers=2", "tracking=none"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    life = forked("data.path=rows.jsonl", "data.workers=2", "tracking=none")
 
     def workers() -> set[int]:
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        children = Path(f"/proc/{life.pid}/task/{life.pid}/children")
         asked = [int(pid) for pid in children.read_text().split()] if children.exists() else []
-        return {pid for pid in asked if Path(f"/proc/{pid}/cmdline").read_bytes().count(b"smoltrain")}
+        return {pid for pid in asked if Path(f"/proc/{pid}/cmdline").read_bytes().count(b"lives")}
 
-    while len(begun := workers()) < 2 and process.poll() is None:
+    while len(begun := workers()) < 2 and life.running():
         time.sleep(0.05)
     time.sleep(1)
-    process.send_signal(signal.SIGTERM)
-    assert len(begun) >= 2 and process.wait(timeout=30) == 143
+    life.kill(signal.SIGTERM)
+    assert len(begun) >= 2 and life.wait(timeout=30) == 143
     time.sleep(1)
     assert not [pid for pid in begun if Path(f"/proc/{pid}").exists()]
 
@@ -184,12 +176,13 @@ def test_an_interrupt_inside_an_import_is_still_143(folder):
     """`python -m` forgets the exit code once KeyboardInterrupt has left a text that was executed, as dataclasses do."""
     (folder / "program.py").write_text(
         "import os, signal, smoltrain.train\nfrom smoltrain.__main__ import main\n"
-        "smoltrain.train.train = lambda *_: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
+        "smoltrain.train.train = lambda *_, **__: exec('import os, signal; os.kill(os.getpid(), signal.SIGINT)')\n"
         "raise SystemExit(main(['tracking=none']))"
     )
     done = subprocess.run([sys.executable, "-m", "program"], capture_output=True, text=True, check=False)
     assert done.returncode == 143, done.stderr
-    assert re.fullmatch(r"preempted before the first step; report multirun/default/[\w-]+/report.md\n", done.stderr)
+    last = r"preempted before the first step; the same command goes on; report multirun/default/[\w-]+/report.md\n"
+    assert re.fullmatch(last, done.stderr)
 
 
 EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
@@ -270,16 +263,16 @@ def test_a_sweep_over_a_choice_that_is_not_there_says_so(smoltrain, capsys):
 LOGGED = "trainer.args.logging_steps=1"
 
 
-def test_a_terminal_sees_a_bar_with_loss_and_learning_rate(folder):
+def test_a_terminal_sees_a_bar_with_loss_and_learning_rate(forked):
     ours, theirs = pty.openpty()
     few = ("data.train_rows=64", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none", LOGGED)
-    process = subprocess.Popen([sys.executable, "-m", "smoltrain", *few], stdout=theirs, stderr=theirs)
+    life = forked(*few, terminal=theirs)
     os.close(theirs)
     shown = b""
     with contextlib.suppress(OSError):  # how Linux says that the other end is closed
         while part := os.read(ours, 4096):
             shown += part
-    assert process.wait() == 0
+    assert life.wait() == 0
     text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", shown.decode())
     assert re.search(r"training +[━╸╺ ]+ *4/4 +loss \d\.\d+ +lr \d\.\de-\d+", text), text[-2000:]
 
@@ -354,11 +347,13 @@ def test_a_sweep_is_checked_whole_before_it_starts_and_shows_no_secret(smoltrain
 def test_out_of_memory_while_loading_is_a_failure_not_a_config_error(smoltrain, folder, monkeypatch):
     import torch
 
+    from smoltrain.endings import OutOfMemory
+
     def fail(*_):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr("smoltrain.model.Checkpoint.model", fail)
-    with pytest.raises(Exception, match="CUDA out of memory"):
+    with pytest.raises(OutOfMemory, match="per_device_train_batch_size"):
         smoltrain()
     (file,) = folder.glob("multirun/*/*/run.json")
     assert json.loads(file.read_text())["status"] == "failed"

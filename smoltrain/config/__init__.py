@@ -85,12 +85,13 @@ def suggest(word: str, choices: Iterable[str]) -> str:
     return f"; did you mean {close}?" if close else ""
 
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 
 def exhausted(error: BaseException) -> bool:
     """Whether the machine ran out of memory or disk: then the run has failed, and nothing was wrong with its config."""
-    return type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) == errno.ENOSPC
+    return type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) in DISK_FULL
 
 
 def place(error: BaseException | None) -> str:

@@ -1,6 +1,8 @@
 """From a command line to a config that has been checked whole, or to everything that is wrong with it."""
 
 import re
+from functools import cache
+from pathlib import Path
 
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, open_dict
@@ -70,12 +72,20 @@ def inspected(overrides: list[str], arguments: list[str]) -> tuple[DictConfig, l
             cfg = hydra.compose("config", overrides=given, return_hydra_config=True)
         except UNCAUGHT as error:
             raise HydraException(str(error)) from error
-        ours = hydra.compose("config", overrides=hydras, return_hydra_config=True) if extra else cfg
-    refused = targets.refusals(cfg) + targets.overridden(cfg.hydra, ours.hydra, given)
+        ours = shipped(Path.cwd(), *hydras) if extra else cfg.hydra
+    refused = targets.refusals(cfg) + targets.overridden(cfg.hydra, ours, given)
     with open_dict(cfg):
         del cfg["hydra"]
     secrets.refuse(secrets.leaks(plain(cfg)))  # before anything else is said, for what is said shows values
     return cfg, refused
+
+
+@cache
+def shipped(folder: Path, *overrides: str) -> DictConfig:
+    """Hydra's own node in a process that is in `folder`, which the node names, without any file of a user's."""
+    import hydra
+
+    return hydra.compose("config", overrides=list(overrides), return_hydra_config=True).hydra
 
 
 def guard(overrides: list[str], arguments: list[str]) -> None:

@@ -715,8 +715,10 @@ def contradictions(run: Run) -> Iterator[Problem]:
 def never(run: Run, chains: Mapping[str, Sequence[Any]]) -> Iterator[Problem]:
     """Fields that somebody gave a value though they are none of a user's, be it the default; it may be a secret."""
     for key, instead in reserved(str(run.cfg["encode"]["_target_"])).items():
+        if at(run.cfg, key) in (None, OUTPUT_DIR):
+            continue
         leaf = leaf_of(key, chains)
-        if at(run.cfg, key) not in (None, OUTPUT_DIR) and (leaf is None or set_by_someone(chains[leaf])):
+        if leaf is None or set_by_someone(chains[leaf]):
             yield Problem(key, f"{key}: {instead}")
 
 

@@ -1,7 +1,7 @@
 """The keys of a run and their types. Groups keep their own keys in their own YAML, and what those build takes them."""
 
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -23,6 +23,8 @@ class Config:
     seed: int
     threads: int | None
     objective: str
+    resume: str
+    resume_changes: Literal["refuse", "accept"]
     data: dict[str, Any]
     encode: dict[str, Any]
     trainer: dict[str, Any]

@@ -1,6 +1,7 @@
 """From sources to what a trainer is given: the pass over each of them (`tokens`), then splits and mixtures."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
@@ -106,7 +107,8 @@ class Prepared:
 
     `lengths` are the tokens of each training row. `counts` and `sides` are by source, then "train" and "test";
     `repeated_questions` of the held-out rows ask what a training row asks too. Of each source an epoch draws `drawn`
-    rows, those of a stream nobody knows: with weights more or fewer than are kept.
+    rows, those of a stream nobody knows: with weights more or fewer than are kept. `order` has the number of each
+    training row among those that are kept, one source after the other, and `where` what `Source.where` says of them.
     """
 
     train: Dataset
@@ -118,9 +120,20 @@ class Prepared:
     fingerprints: dict[str, str]
     repeated_questions: int
     drawn: dict[str, int]
+    order: np.ndarray
+    where: dict[str, Callable[[str, int], str]]
 
     def total(self, split: str) -> Counts:
         return sum((counts[split] for counts in self.counts.values()), Counts())
+
+    def origin(self, row: int) -> tuple[str, str]:
+        """The source of a training row, and where it stands there: ("my", "my.jsonl line 18")."""
+        kept = {name: splits["train"].kept for name, splits in self.sides.items()}
+        ends = np.cumsum([len(numbers) for numbers in kept.values()])
+        source = int(np.searchsorted(ends, self.order[row], "right"))
+        name = list(kept)[source]
+        number = kept[name][self.order[row] - ends[source]]  # from the end
+        return name, self.where[name]("train", int(self.sides[name]["train"].part.numbers[number]))
 
     def shape(self, source: str) -> Shape:
         return self.sides[source]["test"].part.worker.shape
@@ -178,7 +191,7 @@ class Data:
         raise_if_empty(counts, how["test_share"], enough(sides, how["seed"]), max_length)
         train = concatenate_datasets(together(sides, "train", [*columns, "length"]))
         kept = [len(splits["train"].kept) for splits in sides.values()]
-        drawn = kept
+        drawn, order = kept, np.arange(sum(kept))
         if self.weights is not None:
             order = self.order(kept, how["seed"])
             train, drawn = train.select(order), np.histogram(order, np.cumsum([0, *kept]))[0].tolist()
@@ -192,6 +205,8 @@ class Data:
             fingerprints=fingerprints(sides, held_out),
             repeated_questions=repeated_questions(sides, held_out),
             drawn=dict(zip(sides, drawn, strict=True)),
+            order=order,
+            where=self.where(),
         )
 
     def parts(
@@ -259,7 +274,12 @@ class Data:
             | {"test": fingerprint(identities(sides, held_out))},
             repeated_questions=0,
             drawn={},
+            order=np.zeros(0, dtype=int),
+            where=self.where(),
         )
+
+    def where(self) -> dict[str, Callable[[str, int], str]]:
+        return {name: origin.source.where for name, origin in self.origins.items()}
 
     def refuse_unfit_stream(self, how: Preparation) -> None:
         """Raises ConfigError for what cannot be done with rows that are seen one after the other."""

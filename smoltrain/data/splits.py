@@ -14,13 +14,12 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from smoltrain.config import ConfigError
+from smoltrain.report import BEYOND, HELD_OUT_TOO, REPEATED
 
 FEW = 10  # held-out rows, below which what is measured on them says little
 TOO_LONG = "longer than max_length"
 NO_TOKEN = "no token to learn"
 ALL_PROMPT = "all prompt at max_length"
-BEYOND = "beyond data.test_rows"
-REPEATED, HELD_OUT_TOO = "repeated", "held out too"
 
 
 def shares(identities: np.ndarray, seed: int) -> np.ndarray:

@@ -1,0 +1,153 @@
+"""Which run a command goes on with: its own that was not finished, the one that it names, or a new one."""
+
+import contextlib
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from rich.prompt import Confirm
+
+from smoltrain import checkpoints, report, runs
+from smoltrain.config import ConfigError, leaves, rules, shown
+from smoltrain.config.overrides import read
+from smoltrain.config.validate import resolved
+from smoltrain.history import every, resolve
+
+MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
+# What a continued run may change without a word: it is read anew, and changes nothing that was learned.
+FREE: tuple[str, ...] = ("evaluation.", "objective", "threads", "callbacks.", "trainer.args.dataloader_num_workers")
+FREE += ("trainer.args.logging_", "trainer.args.eval_", "trainer.args.save_")
+# What the saved state of the optimizer brings along, so that a new value would be passed over.
+KEPT = ("trainer.args.optim", "trainer.args.weight_decay", "trainer.args.adam_")
+RATE = "trainer.args.learning_rate"  # of a schedule that evaluations move; any other is applied
+
+
+def continued(cfg: DictConfig, overrides: list[str]) -> Path | None:
+    """The directory of the run that a checked config goes on with, claimed for this process; None for a new one.
+
+    Raises ConfigError where `resume` names a run that cannot be continued so.
+    """
+    if cfg.resume == "never":
+        return None
+    if cfg.resume != "auto":
+        return named(cfg)
+    parent = pin_parent(cfg)
+    for directory in alike(runs.config_hash(resolved(cfg)[0], parent), kept_in(cfg, overrides)):
+        status = runs.read(directory)["status"]
+        if status in runs.UNFINISHED and runs.claim(directory):
+            return directory
+        if status != "running":
+            return None
+    return None
+
+
+def kept_in(cfg: DictConfig, overrides: Iterable[str]) -> Path:
+    """The folder in or below which runs of this name are kept."""
+    given = [found for override in overrides if (found := read(override)) and found.key_or_group == "hydra.run.dir"]
+    return Path(str(given[-1].value())) if given else runs.ROOT / cfg.name
+
+
+def alike(config_hash: str, folder: Path) -> list[Path]:
+    """The directories of all runs of an experiment, the one that started last first."""
+    return [run.directory for run in every(folder) if run.record.get("config_hash") == config_hash]
+
+
+def named(cfg: DictConfig) -> Path:
+    """The run that `resume` names, unless it has completed, is running, or was another experiment."""
+    try:
+        directory = resolve(str(cfg.resume))
+    except ConfigError as error:
+        raise ConfigError(f"resume={error}; auto and never are the other choices") from error
+    record = runs.read(directory)
+    if record["status"] in ("completed", "running"):
+        raise ConfigError(f"resume={cfg.resume}: this run is {record['status']}; resume=never starts a new one")
+    refuse_changes(cfg, record)
+    if not runs.claim(directory):
+        raise ConfigError(f"resume={directory}: another process goes on with this run")
+    return directory
+
+
+def refuse_changes(cfg: DictConfig, record: dict[str, Any]) -> None:
+    """Raises ConfigError for what a config says otherwise than the record of the run that it continues."""
+    pin_parent(cfg)
+    then, now = dict(leaves(record["config"])), dict(leaves(resolved(cfg)[0]))
+    ignored = tuple(f"{key}." for key in runs.NOT_IDENTITY)
+    changed = [
+        key
+        for key in sorted(then | now)
+        if then.get(key) != now.get(key) and not f"{key}.".startswith((*ignored, *FREE))
+    ]
+    if cfg.resume_changes == "accept":
+        stuck = (*KEPT, RATE) if str(now.get("trainer.args.lr_scheduler_type")) in rules.BY_EVALUATION else KEPT
+        changed = [key for key in changed if key.startswith(stuck)]
+    mend = MENDS if cfg.resume_changes == "refuse" else "the saved optimizer brings its own; resume=never starts anew"
+    if changed:
+        lines = [f"{key}={shown(now.get(key))}: the continued run has {shown(then.get(key))}" for key in changed]
+        raise ConfigError("\n".join([*lines, f"resume={cfg.resume}: {mend}"]))
+
+
+def checkpoint(run: runs.Run, accepts: str, fingerprints: dict[str, Any]) -> Path | None:
+    """The checkpoint that a continued run goes on from, and its record goes back to; None where it starts.
+
+    Raises ConfigError where what the run learns from is no longer what it was, unless it `accepts` that.
+    """
+    if not run.former:
+        return None
+    refuse_other(run, accepts, fingerprints)
+    hashes = {run.former["config_hash"], run.record["config_hash"]}
+    hashes |= {again["config_hash"] for again in run.former["resumed"]}
+    found = checkpoints.newest(run.directory, hashes, print)
+    manifest = checkpoints.read(found) if found else None
+    run.rewind(manifest)
+    where = f"from {found.name}" if found else "from its start, for it has no checkpoint"
+    print(f"continues the {run.former['status']} run {report.short(run.directory)} {where}")
+    return found
+
+
+def refuse_other(run: runs.Run, accepts: str, fingerprints: dict[str, Any]) -> None:
+    """Raises ConfigError where what a continued run learns from, or begins with, is no longer what it was."""
+    then = (run.former or {}).get("fingerprints", {})
+    changed = sorted(name for name in then if name in fingerprints and then[name] != fingerprints[name])
+    lines = [f"{name}: it has changed since this run began" for name in changed]
+    if changed and accepts == "refuse":
+        raise ConfigError("\n".join([*lines, MENDS]))
+    print("".join(f"{line} (resume_changes=accept)\n" for line in lines), end="")
+
+
+def stop_if_finished(run: runs.Run) -> None:
+    """Raises Finished where the same experiment on the same rows has ended already, unless somebody wants it again."""
+    for directory in alike(run.record["config_hash"], runs.ROOT / run.record["name"]):
+        record = runs.read(directory)
+        equal = record.get("fingerprints", {}).items() >= run.record["fingerprints"].items()
+        if directory.resolve() != run.directory.resolve() and record["status"] in ("completed", "diverged") and equal:
+            if not again(directory, record):
+                raise runs.Finished(directory)
+            return
+
+
+def again(directory: Path, record: dict[str, Any]) -> bool:
+    """Says how an experiment has ended; on a terminal, asks whether it is to run once more."""
+    how = report.outcome(record) if record["status"] == "completed" else f"at step {report.progress(record)}"
+    print(f"this experiment has {record['status']} already: {report.short(directory)} ({how})")
+    if sys.stdin.isatty() and sys.stdout.isatty():
+        with contextlib.suppress(EOFError):
+            return Confirm.ask("run it once more?", default=False)
+    print("resume=never runs it once more")
+    return False
+
+
+def pin_parent(cfg: DictConfig) -> dict[str, str] | None:
+    """Replaces `model.from_run` by the directory it means today, and returns what the record keeps of that run."""
+    if cfg.model.from_run is None:
+        return None
+    directory = resolve(str(cfg.model.from_run), completed=True).resolve()
+    parent = runs.read(directory)
+    if parent["model"] != cfg.model.name_or_path:
+        raise ConfigError(
+            f"model.from_run={cfg.model.from_run}: {directory} trained {parent['model']}, but model= says "
+            f"{cfg.model.name_or_path}; choose the model that the run trained"
+        )
+    cfg.model.from_run = str(directory)
+    return {"directory": str(directory), "config_hash": parent["config_hash"], "trainer": parent["trainer"]}

@@ -1,0 +1,170 @@
+"""The same command goes on with what it did not finish, says what it has finished, and refuses what has changed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from test_endings import FEW, equal, only_run
+
+from smoltrain.runs import ROOT, config_hash, read, read_metrics
+
+AUTO = (*FEW, "resume=auto")
+
+
+class Broken(RuntimeError):
+    """What a test stops a run with."""
+
+
+@pytest.fixture
+def broken(smoltrain, monkeypatch):
+    """Runs a command that fails in the fourth step, and returns the directory of its run."""
+    from transformers import Trainer
+
+    def run(*arguments: str) -> Path:
+        real = Trainer.training_step
+
+        def step(self, *args, **kwargs):
+            if self.state.global_step == 3:
+                raise Broken
+            return real(self, *args, **kwargs)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Trainer, "training_step", step)
+            with pytest.raises(Broken):
+                smoltrain(*arguments, quick=AUTO)
+        return only_run(Path.cwd())
+
+    return run
+
+
+def test_the_same_command_goes_on_where_a_run_failed(smoltrain, broken, capsys):
+    run = broken()
+    first = read(run)
+    assert (first["status"], first["steps"]) == ("failed", 3) and "Broken" in (run / "traceback.txt").read_text()
+    capsys.readouterr()
+    assert smoltrain(quick=AUTO) == []  # no other run was made
+    record = read(run)
+    assert f"continues the failed run {run.relative_to(Path.cwd())} from checkpoint-2\n" in capsys.readouterr().out
+    assert (record["status"], record["steps"], record["error"]) == ("completed", 6, None)
+    assert [again["step"] for again in record["resumed"]] == [2] and record["start"] == first["start"]
+    assert record["seconds"] > first["seconds"] and record["metrics"]["before/eval_loss"]
+    (other,) = smoltrain("resume=never", quick=FEW)
+    assert other["directory"] != run and equal(run, other["directory"])
+
+
+@pytest.mark.parametrize("other", ["seed=1", "name=other", "resume=never", "trainer.args.learning_rate=0.002"])
+def test_another_experiment_does_not_go_on_with_it(smoltrain, broken, other):
+    run = broken()
+    (record,) = smoltrain(other, quick=AUTO if "resume" not in other else FEW)
+    assert record["directory"] != run and record["resumed"] == [] and read(run)["status"] == "failed"
+
+
+def test_what_has_finished_is_said_and_not_done_again(smoltrain, capsys):
+    (record,) = smoltrain(quick=AUTO)
+    capsys.readouterr()
+    for _ in range(2):
+        assert smoltrain(quick=AUTO) == []
+        out = capsys.readouterr().out
+        assert f"this experiment has completed already: {record['directory'].relative_to(Path.cwd())} (sft," in out
+        assert "resume=never runs it once more" in out
+    assert [file.parent for file in ROOT.glob("*/*/run.json")] == [record["directory"].relative_to(Path.cwd())]
+    assert len(list(ROOT.glob("*/*"))) == 1
+
+
+def test_on_a_terminal_it_may_be_done_again(smoltrain, monkeypatch):
+    smoltrain(quick=AUTO)
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    monkeypatch.setattr("rich.prompt.Confirm.ask", lambda *_, **__: True)
+    (again,) = smoltrain(quick=AUTO)
+    assert again["status"] == "completed"
+
+
+def rows(count: int, shift: int = 0) -> str:
+    pairs = ({"prompt": f"{n + shift} and 1", "completion": f"{n + shift + 1}"} for n in range(count))
+    return "".join(json.dumps(pair) + "\n" for pair in pairs)
+
+
+OWN = ("data.path=mine.jsonl", "data.test_rows=8", "data.test_share=0.2", *FEW[3:])
+
+
+def test_rows_that_changed_are_refused_or_accepted_aloud(smoltrain, broken, capsys, monkeypatch):
+    monkeypatch.setattr("test_resume.AUTO", (*OWN, "resume=auto"))
+    Path("mine.jsonl").write_text(rows(40))
+    run = broken()
+    Path("mine.jsonl").write_text(rows(40, shift=7))
+    before = (run / "run.json").read_text()
+    smoltrain(quick=AUTO, code=2)
+    said = capsys.readouterr().err
+    assert "it has changed since this run began\nresume=never starts a new run, resume_changes=accept" in said
+    assert (run / "run.json").read_text() == before and (run / "checkpoint-2").is_dir()
+    smoltrain("resume_changes=accept", quick=AUTO)
+    assert read(run)["status"] == "completed" and "(resume_changes=accept)" in capsys.readouterr().out
+
+
+def test_a_run_is_named_and_what_differs_is_refused_or_applied(smoltrain, broken, capsys):
+    run = broken()
+    changed = ("trainer.args.learning_rate=0.5", "trainer.args.per_device_train_batch_size=4", "evaluation.max_rows=1")
+    quick = tuple(o for o in FEW if not o.startswith(("trainer.args.per_device", "evaluation.max_rows")))
+    capsys.readouterr()
+    smoltrain(f"resume={run}", *changed, quick=quick, code=2)
+    said = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in said[:2]] == list(changed[:2]) and "max_rows" not in str(said)
+    assert "the continued run has 0.001" in said[0] and "resume_changes=accept goes on all the same" in said[2]
+    smoltrain(f"resume={run}", "resume_changes=accept", "trainer.args.weight_decay=0.1", quick=FEW, code=2)
+    assert "the saved optimizer brings its own" in capsys.readouterr().err
+    smoltrain(f"resume={run}", "resume_changes=accept", "trainer.args.learning_rate=0.5", quick=FEW)
+    rates = [row["learning_rate"] for row in read_metrics(run) if "loss" in row]
+    plain = [0.001, 0.001, 0.001, 0.001, 0.001, 0.001]
+    assert len(rates) == 6 and max(rates[:2]) <= plain[0] and min(rates[2:5]) > 0.05
+    smoltrain(f"resume={run}", quick=FEW, code=2)
+    assert "this run is completed" in capsys.readouterr().err
+    smoltrain("resume=nowhere", quick=FEW, code=2)
+    assert "resume=nowhere: no run of that name" in capsys.readouterr().err
+
+
+def test_other_weights_to_begin_with_are_refused(smoltrain, folder, broken, capsys):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    from smoltrain.model import locate
+
+    mine = shutil.copytree(locate("pkg://smoltrain/tiny"), folder / "mine")
+    run = broken(f"model.name_or_path={mine}")
+    weights = load_file(mine / "model.safetensors")
+    weights["model.norm.weight"] += 1
+    save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    smoltrain(f"model.name_or_path={mine}", quick=AUTO, code=2)
+    assert "model: it has changed since this run began" in capsys.readouterr().err and read(run)["status"] == "failed"
+
+
+@pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.torture)])
+def test_many_starts_at_once_share_nothing(forked, folder, times):
+    for n in range(times):
+        lives = [forked(*FEW, f"name=n{n}") for _ in range(8)]
+        assert [life.wait(600) for life in lives] == [0] * 8
+        records = [read(file.parent) for file in folder.glob(f"multirun/n{n}/*/run.json")]
+        assert [record["status"] for record in records] == ["completed"] * 8
+        logged = [read_metrics(file.parent) for file in folder.glob(f"multirun/n{n}/*/run.json")]
+        assert {len(lines) for lines in logged} == {len(logged[0])} and len(logged[0]) > 6
+
+
+def test_one_of_many_goes_on_with_an_unfinished_run(forked, folder, broken):
+    run = broken()
+    lives = [forked(*AUTO) for _ in range(3)]
+    assert [life.wait(600) for life in lives] == [0] * 3
+    assert sum("continues the failed run" in life.stdout for life in lives) == 1
+    assert read(run)["status"] == "completed" and len(list(folder.glob("multirun/*/*/run.json"))) == 3
+
+
+def test_the_directory_of_a_run_is_no_part_of_what_it_is():
+    config = {
+        "trainer": {"args": {"output_dir": "x"}},
+        "model": {},
+        "callbacks": {"own": {"file": "/runs/a/own.txt"}},
+        "data": {},
+    }
+    other = json.loads(json.dumps(config).replace("/runs/a", "${hydra:runtime.output_dir}"))
+    assert config_hash(config, None, Path("/runs/a")) == config_hash(other, None)
+    assert config_hash(config, None) != config_hash(other, None)
