@@ -286,7 +286,7 @@ def test_a_misspelt_field_is_met_with_the_right_one(folder):
     """One letter swapped, dropped or doubled, in any field of the class: the error names that field, or one as near."""
     from smoltrain.config.signatures import signature
 
-    rng, right = random.Random(0), 0
+    rng, right, meant = random.Random(0), 0, {}
     fields = sorted(name for name in signature("trl.SFTConfig").parameters if len(name) > 5)
     chosen = rng.sample(fields, 40)
     for name in chosen:
@@ -300,8 +300,12 @@ def test_a_misspelt_field_is_met_with_the_right_one(folder):
         )
         if wrong in fields or wrong == name:
             right += 1
-            continue
-        (line,) = errors(f"trainer.args.{wrong}=1")
+        else:
+            meant[wrong] = name
+    lines = errors(*(f"trainer.args.{wrong}=1" for wrong in meant))
+    assert len(lines) == len(meant)
+    for wrong, name in meant.items():
+        (line,) = (line for line in lines if line.startswith(f"trainer.args.{wrong}=1 "))
         found = re.search(r"did you mean trainer\.args\.(\w+)\?", line)
         right += found is not None and found[1] == name
     assert right >= 38
