@@ -122,6 +122,8 @@ def pytest_terminal_summary(terminalreporter, config):
     for what, stack, good, of in (noted for r in reports for name, noted in r.user_properties if name == "figure"):
         sums = table.setdefault(what, {}).setdefault(stack, [0, of and 0])
         sums[:] = [sums[0] + good, of and sums[1] + of]
+    if table:
+        terminalreporter.write_line(f"\n{'':72}{'smoltrain':>16}{'TRL alone':>16}")
     for what, stacks in sorted(table.items()):
         said = {stack: f"{good:,}" + (f" of {of:,}" if of else "") for stack, (good, of) in stacks.items()}
         terminalreporter.write_line(f"{what:72}{said.get('smoltrain', ''):>16}{said.get('stock', ''):>16}")
