@@ -183,6 +183,10 @@ class Checkpoints(RunCallback):
         STOP.waits = False
         self.finish()
 
+    def on_run_end(self, run: Run) -> None:
+        if self.sealing is not None:  # a run that failed has its last checkpoint, too
+            self.sealing.join()
+
     # ------------------------------------------------------------ what transformers and TRL forget
 
     def state(self) -> dict[str, Any]:

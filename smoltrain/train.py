@@ -61,11 +61,11 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
-    finite = watch(trainer, run, checkpoint)
+    finite, saving = watch(trainer, run, checkpoint)
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)
     run.note(**report.facts(trainer), fingerprints=learned["fingerprints"] | model)
-    run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
+    run.watch([*(c for c in callbacks if hasattr(c, "on_run_begin")), saving])
 
     rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
     if checkpoint is None:
@@ -94,14 +94,14 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     )
 
 
-def watch(trainer: Any, run: runs.Run, checkpoint: Path | None) -> Any:
-    """Adds what stops a run that diverges, which it returns, and what makes its checkpoints ones to trust."""
+def watch(trainer: Any, run: runs.Run, checkpoint: Path | None) -> tuple[Any, Any]:
+    """Adds, and returns, what stops a run that diverges and what makes its checkpoints ones to trust."""
     from smoltrain.callbacks import Checkpoints, Finite
 
-    finite = Finite(trainer)
+    finite, saving = Finite(trainer), Checkpoints(trainer, run, checkpoint)
     trainer.add_callback(finite)
-    trainer.add_callback(Checkpoints(trainer, run, checkpoint))
-    return finite
+    trainer.add_callback(saving)
+    return finite, saving
 
 
 def save(trainer: Any, folder: Path) -> None:
