@@ -67,16 +67,17 @@ class Finished(Exception):
 class Stop:
     """A signal that asks a run to stop: at once, but within training once its step is done and saved.
 
-    `waits` says that training is under way, `asked` is the signal that waits for it. A second one does not wait.
+    `waits` says that training is under way, `asked` is the signal that came. A second one does not wait.
     """
 
     waits = False
     asked: str | None = None
 
     def ask(self, name: str) -> None:
-        if self.asked or not self.waits:
+        at_once = self.asked or not self.waits
+        self.asked = name  # an exception that a destructor happens to get is lost: then the next step ends the run
+        if at_once:
             raise Interrupted(f"interrupted by {name}")
-        self.asked = name
         print(f"{name}: saving after this step; once more leaves at once", file=sys.stderr, flush=True)
 
 

@@ -2,6 +2,8 @@
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -98,6 +100,40 @@ def test_a_signal_ends_a_run_in_any_phase_and_the_same_command_goes_on(forked, f
     assert again.wait() == 0, again.stderr
     assert f"continues the preempted run {run.relative_to(folder)} from" in again.stdout
     assert read(only_run(folder))["status"] == "completed" and equal(run, undisturbed(*more))
+
+
+IMPORTING = """
+import sys, time
+class Slow:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            print("HERE", flush=True)
+            time.sleep(1.5)
+sys.meta_path.insert(0, Slow())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+def test_a_signal_ends_a_run_while_it_imports(forked, folder, undisturbed, number):
+    command = [sys.executable, "-c", f"{IMPORTING}{RUN}", *FEW]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        while process.stdout.readline().strip() != "HERE":
+            assert process.poll() is None
+        process.send_signal(number)
+        said = process.communicate()[1]
+    assert process.returncode == 143 and "Traceback" not in said and read(only_run(folder))["status"] == "preempted"
+    again = forked(*FEW)
+    assert again.wait() == 0 and equal(only_run(folder), undisturbed())
+
+
+def test_a_signal_whose_exception_is_lost_ends_a_run_all_the_same(forked, folder):
+    lost = "class Last:\n  def __del__(self): print('HERE', flush=True); time.sleep(1.5)\n"
+    lost += "import smoltrain.train as m; real = m.build; m.build = lambda *given: (Last(), real(*given))[1]"
+    life = forked(*FEW, code=f"{SLOWED}{lost}\n{RUN}")
+    life.until("HERE")
+    life.kill(signal.SIGTERM)
+    assert life.wait() == 143 and "Exception ignored in" in life.stderr
+    assert read(only_run(folder))["error"] == "interrupted by SIGTERM, saved at step 1"
 
 
 def test_a_second_signal_leaves_at_once(forked, folder):
