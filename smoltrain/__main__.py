@@ -211,7 +211,7 @@ def train(arguments: list[str]) -> int:
 
     from smoltrain.config.compose import COMPOSING, explain, guard
     from smoltrain.config.overrides import quoted
-    from smoltrain.runs import STOP, Diverged, Finished, discard, read, worst
+    from smoltrain.runs import STOP, Diverged, Finished, discard, give_back, read, worst
 
     own = os.getpid()
 
@@ -286,6 +286,8 @@ def train(arguments: list[str]) -> int:
             raise
         said = f"cannot write the run's directory: {error}" if isinstance(error, OSError) else explain(error, arguments)
         raise ConfigError(said) from error
+    finally:
+        give_back()
     return max(exits, default=0)
 
 
@@ -359,7 +361,8 @@ def check_every_run(overrides: list[str], flags: list[str]) -> "DictConfig | Non
     else:
         for batch in BasicSweeper.split_arguments(parsed, None):
             for one in batch:
-                compose(one, [*flags, *overrides])
+                if (cfg := compose(one, [*flags, *overrides])).resume not in ("auto", "never"):
+                    raise ConfigError(f"resume={cfg.resume}: one run goes on at a time; name it without -m")
     return None
 
 

@@ -30,7 +30,7 @@ class RunCallback(TrainerCallback):
 
 
 class Metrics(RunCallback):
-    """Writes every logged value to the run's metrics.jsonl and stops a run whose values are no longer finite."""
+    """Writes every logged value to the run's metrics.jsonl."""
 
     def on_run_begin(self, run: Run) -> None:
         self.run = run
@@ -42,18 +42,15 @@ class Metrics(RunCallback):
         self.run.record["steps"] = state.global_step
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        logs = kwargs["logs"]
         if state.is_world_process_zero:
-            self.run.log(state.global_step, logs)
-        for name, value in logs.items():
-            if isinstance(value, float) and not math.isfinite(value):
-                raise Diverged(f"{name} is {value} at step {state.global_step}")
+            self.run.log(state.global_step, kwargs["logs"])
 
 
 class Finite(RunCallback):
-    """Stops a run in the step in which its loss, gradient norm or rewards are no longer finite.
+    """Stops a run in the step in which its loss, gradient norm or rewards are no longer finite, or whatever it logs.
 
-    `trainer` is one that `trainers.watched` made. Weights are looked at before they are written.
+    `trainer` is one that `trainers.watched` made. Weights are looked at before they are written. The gradients of a
+    step that fp16's scaler left out may be infinite: it looks for the largest scale that way.
     """
 
     def __init__(self, trainer: Any):
@@ -64,11 +61,18 @@ class Finite(RunCallback):
         seen = {name: values[-1] for name, values in told.items() if "reward" in name and values}
         seen |= {"loss": self.trainer.step_loss, "grad_norm": self.trainer.step_grad_norm}
         self.trainer.step_loss = None
-        for name, value in seen.items():
-            if value is not None and not math.isfinite(value):
-                raise Diverged(f"{name} is {float(value)} at step {state.global_step}")
+        self.look_at(seen, state.global_step)
         if control.should_save:
             self.look_at_weights(state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.look_at({n: value for n, value in kwargs["logs"].items() if isinstance(value, float)}, state.global_step)
+
+    def look_at(self, values: dict[str, Any], step: int) -> None:
+        for name, value in values.items():
+            left_out = name == "grad_norm" and self.trainer.accelerator.optimizer_step_was_skipped
+            if value is not None and not math.isfinite(value) and not left_out:
+                raise Diverged(f"{name} is {float(value)} at step {step}")
 
     def look_at_weights(self, step: int) -> None:
         trained = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
@@ -86,8 +90,9 @@ class Checkpoints(RunCallback):
     takes to write it. The oldest ones go when a newer one is sealed.
     """
 
-    def __init__(self, trainer: Any, run: Run, checkpoint: Path | None, **facts: Any):
-        self.trainer, self.run, self.checkpoint, self.facts = trainer, run, checkpoint, facts
+    def __init__(self, trainer: Any, run: Run, checkpoint: Path | None):
+        self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
+        trainer.before_best = self.refuse_damaged_best
         self.limit = trainer.args.save_total_limit
         trainer.args.save_total_limit = None  # transformers would remove the last sealed one before the next is there
         self.sealing: Thread | None = None
@@ -98,19 +103,25 @@ class Checkpoints(RunCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         STOP.waits = True
         if self.checkpoint is not None:
+            state.compute_steps(args, state.max_steps)  # how often to log, measure and save: as it is asked for now
+            if state.best_model_checkpoint:  # by its name, for a run may have been moved
+                state.best_model_checkpoint = str(self.run.directory / Path(state.best_model_checkpoint).name)
             self.restore(torch.load(self.checkpoint / STATE, weights_only=True))
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if STOP.asked:
-            control.should_save = control.should_training_stop = True
+        self.asked(args, control)
         self.postpone(state, control)
         self.before_saving(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if STOP.asked and STOP.waits:
-            control.should_save = control.should_training_stop = True
+        self.asked(args, control)
         self.postpone(state, control)
         self.before_saving(state, control)
+
+    def asked(self, args: Any, control: Any) -> None:
+        """Saves, with all that it takes to go on, where a signal asks for it; training stops once that is done."""
+        if STOP.asked and STOP.waits:
+            control.should_save, args.save_only_model = True, False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.ending = self.due = False
@@ -131,6 +142,8 @@ class Checkpoints(RunCallback):
 
     def before_saving(self, state: Any, control: Any) -> None:
         """What is saved already is not written over; where a disk has no room, nothing is begun."""
+        if STOP.asked and STOP.waits and self.saved == state.global_step:
+            control.should_training_stop = True
         control.should_save = control.should_save and self.saved != state.global_step
         if control.should_save:
             need, free = self.need(), shutil.disk_usage(self.run.directory).free
@@ -152,15 +165,17 @@ class Checkpoints(RunCallback):
         self.finish()
         folder = self.run.directory / f"checkpoint-{state.global_step}"
         torch.save(self.state(), folder / STATE)
+        control.should_training_stop = control.should_training_stop or bool(STOP.asked)
         self.saved = state.global_step
         metrics = self.run.directory / "metrics.jsonl"
-        facts = self.facts | {
+        facts = {
             "step": state.global_step,
             "config_hash": self.run.record["config_hash"],
             "metrics_bytes": metrics.stat().st_size if metrics.exists() else 0,
             "resumable": not args.save_only_model,
         }
-        self.sealing = Thread(target=self.seal, args=(folder, facts, state.best_model_checkpoint))
+        arguments = (folder, facts, state.best_model_checkpoint)
+        self.sealing = Thread(target=self.seal, args=arguments, daemon=True)  # a second signal does not wait for it
         self.sealing.start()
 
     def seal(self, folder: Path, facts: dict[str, Any], best: str | None) -> None:
@@ -174,18 +189,24 @@ class Checkpoints(RunCallback):
 
     def finish(self) -> None:
         """Waits for the seal of the last checkpoint. Raises OSError where it could not be written."""
-        if self.sealing is not None:
-            self.sealing.join()
+        self.join()
         if self.failure is not None:
             raise self.failure
+
+    def join(self) -> None:
+        if self.sealing is not None:
+            self.sealing.join()
+
+    def refuse_damaged_best(self, folder: Path) -> None:
+        """Raises OSError where the checkpoint that is to become the final model is not what was saved."""
+        self.finish()
+        manifest = checkpoints.read(folder)
+        if wrong := "its manifest is gone" if manifest is None else checkpoints.damage(folder, manifest):
+            raise OSError(f"{folder}: {wrong}; it is the best, and would be the final model")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         STOP.waits = False
         self.finish()
-
-    def on_run_end(self, run: Run) -> None:
-        if self.sealing is not None:  # a run that failed has its last checkpoint, too
-            self.sealing.join()
 
     # ------------------------------------------------------------ what transformers and TRL forget
 
@@ -196,7 +217,7 @@ class Checkpoints(RunCallback):
             "loss": trainer._tr_loss.item(),
             "total_loss": trainer._total_loss_scalar,
             "last_logged": trainer._globalstep_last_logged,
-            "ended": trainer.control.should_training_stop and not STOP.asked,
+            "ended": trainer.control.should_training_stop,
             "training": trainer.model.training,
             "callbacks": {type(c).__name__: c.state()["attributes"] for c in self.exported()},
         }
@@ -226,9 +247,9 @@ class Checkpoints(RunCallback):
             trainer.ref_model.load_state_dict(kept["reference"])
 
     def apply_learning_rate(self) -> None:
-        """Sets the rate that was asked for, where it is not the one that the saved schedule brought along."""
+        """Sets the rate and the schedule that were asked for in place of those that the saved one brought along."""
         rate, scheduler = self.trainer.args.learning_rate, self.trainer.lr_scheduler
-        if isinstance(scheduler, LambdaLR) and any(base != rate for base in scheduler.base_lrs):
+        if isinstance(scheduler, LambdaLR):
             scheduler.base_lrs = [rate] * len(scheduler.base_lrs)
             for group, factor in zip(scheduler.optimizer.param_groups, scheduler.lr_lambdas, strict=True):
                 group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)

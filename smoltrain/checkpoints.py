@@ -11,7 +11,8 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
-GOING = "deleted-"  # what rotation removes has this name while it goes
+BROKEN = "broken-"  # before the name of what no run can go on from
+GOING = "deleted-"  # before the name of what rotation removes, while it goes
 
 
 def seal(folder: Path, **facts: Any) -> dict[str, Any]:
@@ -68,9 +69,9 @@ def read(folder: Path) -> dict[str, Any] | None:
 
 def fault(folder: Path, hashes: Collection[str]) -> str:
     """Why a run cannot go on from a checkpoint; empty where it can. `hashes` are those of the run's own configs."""
-    manifest = read(folder)
     if not (folder / MANIFEST).exists():
         return "it has no manifest, its save never ended"
+    manifest = read(folder)
     if manifest is None or manifest.get("seal") != sealed(manifest):
         return f"its {MANIFEST} is not as it was written"
     if f"checkpoint-{manifest['step']}" != folder.name:
@@ -80,6 +81,11 @@ def fault(folder: Path, hashes: Collection[str]) -> str:
     metrics = folder.parent / "metrics.jsonl"
     if (metrics.stat().st_size if metrics.exists() else 0) < manifest["metrics_bytes"]:
         return "metrics.jsonl has lost lines from before it"
+    return damage(folder, manifest)
+
+
+def damage(folder: Path, manifest: dict[str, Any]) -> str:
+    """Which file of a checkpoint is not what its manifest says; empty where each is."""
     for name, known in manifest["files"].items():
         file = folder / name
         if not file.is_file():
@@ -97,27 +103,37 @@ def all_of(directory: Path) -> list[Path]:
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
-def newest(directory: Path, hashes: Collection[str], say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that a run can go on from; None where there is none.
+def newest(directory: Path, hashes: Collection[str]) -> tuple[Path | None, dict[Path, str]]:
+    """The newest checkpoint that a run can go on from, None where there is none; and why it is none of the newer ones.
 
-    Newer ones that are broken are set aside under another name, never deleted, and `say` is told which and why.
+    Nothing is touched yet: `tidy` does that.
     """
-    for gone in directory.glob(f"{GOING}*"):
-        shutil.rmtree(gone)
+    unfit: dict[Path, str] = {}
     for folder in all_of(directory):
-        if wrong := fault(folder, hashes):
-            say(f"{folder.name}: {wrong}; set aside as {set_aside(folder).name}")
-        elif (read(folder) or {})["resumable"]:
-            return folder
-        else:
-            say(f"{folder.name}: it holds no optimizer (trainer.args.save_only_model=true)")
-    return None
+        wrong = fault(folder, hashes)
+        if not (wrong or (read(folder) or {})["resumable"]):
+            wrong = "it holds no optimizer (trainer.args.save_only_model=true)"
+        if not wrong:
+            return folder, unfit
+        unfit[folder] = wrong
+    return None, unfit
+
+
+def tidy(directory: Path, unfit: dict[Path, str], say: Callable[[str], None]) -> None:
+    """Removes what was being removed, and sets aside what a run does not go on from; `say` is told which and why.
+
+    Each keeps its files under another name: newer ones would else be taken for what the run is yet to save.
+    """
+    for gone in directory.glob(f"{GOING}checkpoint-*/"):
+        shutil.rmtree(gone)
+    for folder, wrong in unfit.items():
+        say(f"{folder.name}: {wrong}; set aside as {set_aside(folder).name}")
 
 
 def set_aside(folder: Path) -> Path:
     """Gives a checkpoint a name that nothing takes for one, and returns its new path."""
-    taken = sum(1 for _ in folder.parent.glob(f"broken-{folder.name}*"))
-    aside = folder.with_name(f"broken-{folder.name}" + (f".{taken}" if taken else ""))
+    taken = sum(1 for _ in folder.parent.glob(f"{BROKEN}{folder.name}*"))
+    aside = folder.with_name(f"{BROKEN}{folder.name}" + (f".{taken}" if taken else ""))
     folder.rename(aside)
     synced(folder.parent)
     return aside

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smoltrain.config import DISK_FULL
+from smoltrain.config import DISK_FULL, out_of_memory
+from smoltrain.lines import size
 
 # How torch and safetensors say that a file could not be written whole; neither keeps the system's number.
 UNWRITTEN: tuple[str, ...] = ("No space left on device", "File too large", "inline_container.cc")
@@ -38,13 +39,10 @@ def explained(directory: Path, args: dict[str, Any]) -> Iterator[None]:
         if out_of_memory(error):
             raise OutOfMemory(smaller(args)) from error
         if disk_full(error):
-            raise DiskFull(errno.ENOSPC, no_room(directory, 0)) from error
+            named = getattr(error, "filename", None)  # which may lie on another disk than the run
+            place = Path(named).absolute().parent if named else directory
+            raise DiskFull(errno.ENOSPC, no_room(place, 0)) from error
         raise
-
-
-def out_of_memory(error: BaseException) -> bool:
-    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def disk_full(error: BaseException) -> bool:
@@ -53,8 +51,6 @@ def disk_full(error: BaseException) -> bool:
 
 def no_room(directory: Path, need: int) -> str:
     """What a full disk is told as: the path, what is needed and what is free."""
-    from smoltrain.check import size
-
     wanted = f"a checkpoint needs {size(need)}, and " if need else ""
     free = size(shutil.disk_usage(directory).free)
     return f"{directory}: {wanted}{free} are free on this disk; once there is room, the same command goes on"
@@ -63,7 +59,7 @@ def no_room(directory: Path, need: int) -> str:
 def smaller(args: dict[str, Any]) -> str:
     """What to set when memory ran out, what helps most first, each with its value now."""
     batch, steps = args.get("per_device_train_batch_size", 8), args.get("gradient_accumulation_steps", 1)
-    length = args["max_length"]
+    length = args.get("max_length")
     knobs = []
     if batch > 1:
         halved = f"trainer.args.per_device_train_batch_size={batch // 2}"

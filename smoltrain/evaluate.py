@@ -1,8 +1,9 @@
 """How good a model is on rows it has not seen: TRL's held-out loss, and exact match by generation."""
 
 from smoltrain.data.tokens import question
+from smoltrain.runs import CLOCK
 
-NOT_QUALITY = ("_per_second", "_runtime", "_time", "_num_tokens", "epoch")  # endings of what Trainer reports besides
+NOT_QUALITY = (*CLOCK, "_num_tokens", "epoch")  # endings of what Trainer reports besides
 
 
 def evaluate(trainer, chat, rows: list[dict], max_new_tokens: int) -> tuple[dict[str, float], list[str]]:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import runs
+from smoltrain.checkpoints import BROKEN, GOING
 from smoltrain.config import ConfigError, at, leaves, shown, suggest
 from smoltrain.lines import (
     Line,
@@ -38,7 +39,7 @@ from smoltrain.lines import (
     span,
 )
 
-OWN = re.compile(r"model|\.hydra|(broken-|deleted-)?checkpoint-.*")  # folders of a run, in which no other run is
+OWN = re.compile(rf"model|\.hydra|({BROKEN}|{GOING})?checkpoint-.*")  # folders of a run, in which no other run is
 # What a file that is no record raises: not there, not JSON, too deep, without what every record has.
 NO_RECORD = (OSError, ValueError, RecursionError, TypeError, LookupError, AttributeError)
 # What the fields of a record are, where it has them: an older one lacks some.
@@ -530,7 +531,7 @@ def about(run: Found, wide: int) -> Iterator[tuple[str, list[str], str]]:
         yield "resumed", [f"{some(len(again), 'time')}, at step {steps}"], ""
     yield "versions", other_versions(record.get("versions") or {}), "yellow"
     saved = sorted(
-        [*directory.glob("checkpoint-*/"), *directory.glob("broken-checkpoint-*/")],
+        [*directory.glob("checkpoint-*/"), *directory.glob(f"{BROKEN}checkpoint-*/")],
         key=lambda folder: counted(folder.name),
     )
     yield "saved", filled([f"{folder.name} {size(weight(folder))}" for folder in saved], wide), ""
@@ -691,11 +692,7 @@ def side_by_side(sides: dict[str, Found], wide: int) -> list[Line]:
     lines: list[Line] = []
     for run, texts in zip(sides.values(), padded(narrowed(cells, 2, wide)), strict=True):
         styles = ("bold", "", "", STYLES.get(run.status, ""), "", "cyan", "")
-        lines.append(
-            tuple(
-                (f"{'  ' if i else ''}{text}", style) for i, (text, style) in enumerate(zip(texts, styles, strict=True))
-            )
-        )
+        lines.append(spaced(texts, styles))
     rows, equal = compared(sides, wide)
     for text, row in zip(aligned(rows, margin=""), rows, strict=True):
         lines.append(line(text, "bold" if row[1:] == (*sides,) else ""))

@@ -10,7 +10,6 @@ import math
 import re
 import sys
 from collections.abc import Iterator
-from importlib import metadata
 from itertools import accumulate
 from pathlib import Path
 from statistics import median, quantiles
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from smoltrain import runs
 from smoltrain.config import ConfigError, leaves
+from smoltrain.history import other_versions as versions_here
 from smoltrain.history import resolve
 
 if TYPE_CHECKING:
@@ -171,8 +171,8 @@ def prepared_again(directory: Path, record: dict[str, Any]) -> "Preflight":
 
 def other_versions(record: dict[str, Any]) -> list[str]:
     """What is installed otherwise than it was for the run, of what makes the order, a line each."""
-    pairs = ((name, record["versions"][name], metadata.version(name)) for name in DECIDING)
-    return [f"{name} was {was} and is {now}: the order may have been another" for name, was, now in pairs if was != now]
+    deciding = {name: version for name, version in record["versions"].items() if name in DECIDING}
+    return [f"{text}: the order may have been another" for text in versions_here(deciding)]
 
 
 def steps_of(record: dict[str, Any], logged: list[dict[str, Any]]) -> int:
@@ -247,6 +247,7 @@ def rows(arguments: list[str]) -> int:
     facts: dict[str, Any] = {"run": str(directory), "warnings": other_versions(record)}
     groups: list[dict[str, Any]] = [{"steps": asked}] if asked else spikes(logged)
     if groups:
+        refuse_changed(record, min([*(asked or []), *(group["first"] for group in groups if "first" in group)]))
         found = prepared_again(directory, record)
         order = Order(found)
         for group in groups:
@@ -258,6 +259,16 @@ def rows(arguments: list[str]) -> int:
     else:
         show(facts, sum("loss" in row for row in logged))
     return 0
+
+
+def refuse_changed(record: dict[str, Any], first: int) -> None:
+    """Raises ConfigError for a step made before a run went on with another config; the record has the last one."""
+    changed = [again["step"] for again in record["resumed"] if again["config_hash"] != record["config_hash"]]
+    if changed and first <= max(changed):
+        raise ConfigError(
+            f"step {first}: this run went on with another config after step {max(changed)} (resume_changes=accept), "
+            f"and what it read before, its record no longer says; steps from {max(changed) + 1} on are known"
+        )
 
 
 def parsed(arguments: list[str]) -> tuple[str, list[int] | None, bool]:

@@ -14,7 +14,6 @@ from smoltrain.config.resolvers import stamp
 from smoltrain.config.validate import resolved
 from smoltrain.history import resolve
 
-CLOCK = ("_runtime", "_per_second", "_time")  # endings of what a clock measured
 AS_IT_WAS = ("trainer.args.output_dir", "resume", "resume_changes")  # of the record's config, what another run has anew
 
 
@@ -71,18 +70,22 @@ def compare(then: Path, now: Path) -> int:
             if (other := (after.get(section) or {}).get(name)) != value:
                 print(f"{section} {name}: {shown(other)}, and then {shown(value)}", file=sys.stderr)
     rows = [*differing(measured(then), measured(now))]
-    files = [name for name in weights(then) if weights(then)[name] != weights(now).get(name)]
+    one, other = weights(then), weights(now)
+    files = [name for name in one | other if one.get(name) != other.get(name)]
     print(f"metrics  {'equal' if not rows else rows[0]}")
-    print(f"weights  {'equal' if not files else f'differ in {len(files)} of {len(weights(then))} files'}")
+    if not one:
+        print(f"weights  cannot be compared: {then / 'model'} has none")
+    else:
+        print(f"weights  {'equal' if not files else f'differ in {len(files)} of {len(one | other)} files'}")
     if before["status"] != after["status"]:
         print(f"status   {after['status']}, and then {before['status']}")
-    return int(bool(rows or files or before["status"] != after["status"]))
+    return int(bool(rows or files or not one or before["status"] != after["status"]))
 
 
 def measured(directory: Path) -> list[dict[str, Any]]:
     """The metrics of a run, less what a clock measured."""
     rows = runs.read_metrics(directory)
-    return [{name: value for name, value in row.items() if not name.endswith(CLOCK)} for row in rows]
+    return [{name: value for name, value in row.items() if not name.endswith(runs.CLOCK)} for row in rows]
 
 
 def differing(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator[str]:

@@ -1,8 +1,10 @@
 """Which run a command goes on with: its own that was not finished, the one that it names, or a new one."""
 
 import contextlib
+import json
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from smoltrain.config.validate import resolved
 from smoltrain.history import every, resolve
 
 MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
-# What a continued run may change without a word: it is read anew, and changes nothing that was learned.
+# What a continued run may change without a word: it is read anew, and what was learned so far does not hang on it.
 FREE: tuple[str, ...] = ("evaluation.", "objective", "threads", "callbacks.", "trainer.args.dataloader_num_workers")
 FREE += ("trainer.args.logging_", "trainer.args.eval_", "trainer.args.save_")
 # What the saved state of the optimizer brings along, so that a new value would be passed over.
@@ -29,18 +31,36 @@ def continued(cfg: DictConfig, overrides: list[str]) -> Path | None:
 
     Raises ConfigError where `resume` names a run that cannot be continued so.
     """
-    if cfg.resume == "never":
-        return None
-    if cfg.resume != "auto":
+    if cfg.resume not in ("auto", "never"):
         return named(cfg)
+    folder = kept_in(cfg, overrides)
+    if cfg.resume == "auto" and (found := unfinished(cfg, folder)):
+        return found
+    if folder != runs.ROOT / cfg.name:
+        refuse_used(folder)
+    return None
+
+
+def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
+    """The last run of an experiment below a folder, claimed, where it is neither at its end nor running."""
     parent = pin_parent(cfg)
-    for directory in alike(runs.config_hash(resolved(cfg)[0], parent), kept_in(cfg, overrides)):
+    for directory in alike(runs.config_hash(resolved(cfg)[0], parent), folder):
         status = runs.read(directory)["status"]
         if status in runs.UNFINISHED and runs.claim(directory):
             return directory
         if status != "running":
             return None
+        print(f"{report.short(directory)}: this experiment is running there; another run of it begins", file=sys.stderr)
     return None
+
+
+def refuse_used(folder: Path) -> None:
+    """Raises ConfigError for a run's directory with something in it, which a run might write over."""
+    if (folder / "run.json").exists():
+        status = runs.read(folder)["status"]
+        raise ConfigError(f"hydra.run.dir={folder}: there is a run already, {status}; choose another directory")
+    if folder.is_dir() and (inside := sorted(path.name for path in folder.iterdir())):
+        raise ConfigError(f"hydra.run.dir={folder}: it holds {inside[0]}; choose a directory that is new or empty")
 
 
 def kept_in(cfg: DictConfig, overrides: Iterable[str]) -> Path:
@@ -88,22 +108,52 @@ def refuse_changes(cfg: DictConfig, record: dict[str, Any]) -> None:
         raise ConfigError("\n".join([*lines, f"resume={cfg.resume}: {mend}"]))
 
 
-def checkpoint(run: runs.Run, accepts: str, fingerprints: dict[str, Any]) -> Path | None:
-    """The checkpoint that a continued run goes on from, and its record goes back to; None where it starts.
+@dataclass
+class Start:
+    """Where a run begins: at a checkpoint of its own, or (None) at its first step.
 
-    Raises ConfigError where what the run learns from is no longer what it was, unless it `accepts` that.
+    `unfit` are the newer checkpoints that it does not go on from, each with the reason.
     """
-    if not run.former:
-        return None
-    refuse_other(run, accepts, fingerprints)
-    hashes = {run.former["config_hash"], run.record["config_hash"]}
-    hashes |= {again["config_hash"] for again in run.former["resumed"]}
-    found = checkpoints.newest(run.directory, hashes, print)
-    manifest = checkpoints.read(found) if found else None
-    run.rewind(manifest)
-    where = f"from {found.name}" if found else "from its start, for it has no checkpoint"
-    print(f"continues the {run.former['status']} run {report.short(run.directory)} {where}")
-    return found
+
+    checkpoint: Path | None
+    unfit: dict[Path, str]
+
+    @classmethod
+    def of(cls, run: runs.Run, accepts: str) -> "Start":
+        """Looks for the checkpoint that a continued run goes on from, and touches nothing.
+
+        Raises ConfigError where each that was saved whole is damaged now, or the best one is, unless it `accepts` that.
+        """
+        if not run.former:
+            return cls(None, {})
+        hashes = {run.former["config_hash"], run.record["config_hash"]}
+        hashes |= {again["config_hash"] for again in run.former["resumed"]}
+        found, unfit = checkpoints.newest(run.directory, hashes)
+        whole = {folder: why for folder, why in unfit.items() if (folder / checkpoints.MANIFEST).exists()}
+        if found is None and whole and accepts == "refuse":
+            lines = [f"{folder}: {why}" for folder, why in whole.items()]
+            raise ConfigError("\n".join([*lines, f"no checkpoint of this run is sound; {MENDS}"]))
+        if found and run.args.get("load_best_model_at_end") and (wrong := best_damaged(found)):
+            raise ConfigError(f"{wrong}; it is the best so far, and would be the final model; resume=never starts anew")
+        return cls(found, unfit)
+
+    def go_back(self, run: runs.Run) -> None:
+        """Brings the record and the directory of a continued run to where it begins."""
+        if not run.former:
+            return
+        checkpoints.tidy(run.directory, self.unfit, print)
+        run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None)
+        where = f"from {self.checkpoint.name}" if self.checkpoint else "from its start, for it has no checkpoint"
+        print(f"continues the {run.former['status']} run {report.short(run.directory)} {where}")
+
+
+def best_damaged(checkpoint: Path) -> str:
+    """What is wrong with the best checkpoint of a run that goes on from a later one; empty where nothing is."""
+    named = json.loads((checkpoint / "trainer_state.json").read_text())["best_model_checkpoint"]
+    best = checkpoint.parent / Path(named or checkpoint).name
+    manifest = checkpoints.read(best)
+    wrong = "it is not there as it was written" if manifest is None else checkpoints.damage(best, manifest)
+    return wrong and f"{best}: {wrong}"
 
 
 def refuse_other(run: runs.Run, accepts: str, fingerprints: dict[str, Any]) -> None:

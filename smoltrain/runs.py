@@ -1,6 +1,7 @@
 """The record of a run: `run.json` and `metrics.jsonl` in the run's own directory. Everything else only reads it."""
 
 import copy
+import errno
 import fcntl
 import functools
 import hashlib
@@ -17,7 +18,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from smoltrain.config import ConfigError, plain
 from smoltrain.secrets import redacted
@@ -26,13 +27,17 @@ if TYPE_CHECKING:  # completion reads records too, and has no time for these
     from omegaconf import DictConfig
 
 ROOT = Path("multirun")
+CLOCK = ("_runtime", "_per_second", "_time")  # endings of metrics that a clock measured, which no two runs share
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # how a file system says that it knows none
 VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets", "accelerate", "peft"]
 VERSIONS += ["hydra-core", "omegaconf"]
-WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt")
 GREATER = ("exact_match", "accuracies", "accuracy", "margins", "chosen")  # endings of metrics that are to grow
 UNFINISHED = ("interrupted", "preempted", "failed")
+UNFINISHED_MODEL = "unfinished-model"  # a final model that is being written, or of a run that then was interrupted
 # What of a record stays when its run is continued.
-STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "max_steps")
+STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps")
+LOCK = ".lock"  # held by the process of a run, for as long as the run is its own
+WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt", LOCK)
 DIRECTORY = "${hydra:runtime.output_dir}"  # in a config, where its run is kept
 # What may differ between two runs of the same experiment: where it is kept, who watches, who prepares its rows.
 NOT_IDENTITY = (
@@ -145,6 +150,7 @@ class Run:
         return self.record["config"]["trainer"]["args"]
 
     def __enter__(self) -> "Run":
+        hold(self.directory)
         self.note()
         return self
 
@@ -158,11 +164,14 @@ class Run:
                 if error is None:
                     raise
                 print(f"{self.directory}: its end cannot be written, {full}", file=sys.stderr)
+        let_go(self.directory)
 
     def close(self, error: BaseException | None) -> None:
         """Writes how the run ended, and tells all who watch it."""
         status = status_of(error)
         before = (self.former or {}).get("seconds") or 0
+        if status != "completed" and (self.directory / "model").is_dir():  # written, and then it was interrupted
+            (self.directory / "model").rename(self.directory / UNFINISHED_MODEL)
         self.note(
             status=status,
             end=now(),
@@ -293,26 +302,68 @@ def git_state() -> dict[str, Any] | None:
 # ---------------------------------------------------------------- whose a run is
 
 CLAIMED: dict[Path, dict[str, Any]] = {}  # runs that this process goes on with, and what their records were
+HELD: dict[Path, IO[bytes]] = {}  # the locks of the runs that are this process's own
 
 
 def this_process() -> dict[str, Any]:
-    """What names a process for good: a pid alone comes again."""
-    import psutil
-
-    return {"host": platform.node(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+    """Where a run is running, for people to read."""
+    return {"host": platform.node(), "pid": os.getpid()}
 
 
-def gone(process: dict[str, Any]) -> bool:
-    """Whether a process has ended, awaited by its parent or not; of another machine's, nobody knows here."""
-    import psutil
+def hold(directory: Path) -> None:
+    """Takes the lock of a run. Whatever this process dies of, the system gives it back; its children never have it."""
+    if directory.resolve() not in HELD:
+        directory.mkdir(parents=True, exist_ok=True)
+        HELD[directory.resolve()] = (directory / LOCK).open("ab")
+        try:
+            fcntl.lockf(HELD[directory.resolve()], fcntl.LOCK_EX)
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
 
-    if process["host"] != platform.node():
+
+def let_go(directory: Path) -> None:
+    HELD.pop(directory.resolve()).close()
+
+
+def gone(directory: Path, process: dict[str, Any]) -> bool:
+    """Whether the process of a run has ended: nobody holds the run's lock.
+
+    Where a file system has no locks, it is the process's number that tells, on its own machine.
+    """
+    if directory.resolve() in HELD:  # to open and close the file once more would give the lock back
         return False
     try:
-        found = psutil.Process(process["pid"])
-        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - process["started"]) > 1
-    except psutil.NoSuchProcess:
+        with (directory / LOCK).open("rb") as file:
+            fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return True
+    except FileNotFoundError:
+        return True
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    return process["host"] == platform.node() and not there(process["pid"])
+
+
+def there(pid: int) -> bool:
+    """Whether there is a process of this number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def give_back() -> None:
+    """Leaves the runs that were claimed, and then not gone on with, as they were."""
+    for directory, record in CLAIMED.items():
+        write_record(directory, record)
+        let_go(directory)
+    CLAIMED.clear()
 
 
 def claim(directory: Path) -> bool:
@@ -323,6 +374,7 @@ def claim(directory: Path) -> bool:
         record = read(directory)
         if record["status"] == "running":
             return False
+        hold(directory)
         write_record(directory, record | {"status": "running", "process": this_process()})
         CLAIMED[directory.resolve()] = record
         return True
@@ -336,7 +388,7 @@ def claim(directory: Path) -> bool:
 def read(directory: Path) -> dict[str, Any]:
     """The record of a run; `interrupted` where it says running and its process is gone."""
     record = json.loads((directory / "run.json").read_text())
-    if record["status"] == "running" and gone(record["process"]):
+    if record["status"] == "running" and gone(directory, record["process"]):
         record["status"] = "interrupted"
     return record
 

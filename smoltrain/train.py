@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     if (directory / "run.json").exists() and directory.resolve() not in runs.CLAIMED:
-        raise ConfigError(f"hydra.run.dir={directory}: there is a run already; choose another directory")
+        resume.refuse_used(directory)
     choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
     with runs.Run(directory, cfg, choices, overrides, parent, report.write) as run, explained(run.directory, run.args):
@@ -54,21 +54,23 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     run.note(**learned, warnings=remarks(cfg, found))
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
-    checkpoint = resume.checkpoint(run, cfg.resume_changes, learned["fingerprints"])
+    resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])
+    start = resume.Start.of(run, cfg.resume_changes)
     report.data(run)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
-    finite, saving = watch(trainer, run, checkpoint)
+    finite, saving = watch(trainer, run, start.checkpoint)
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)
+    start.go_back(run)
     run.note(**report.facts(trainer), fingerprints=learned["fingerprints"] | model)
-    run.watch([*(c for c in callbacks if hasattr(c, "on_run_begin")), saving])
+    run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
 
     rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
-    if checkpoint is None:
+    if start.checkpoint is None:
         before, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
         if cfg.objective not in before:
             raise ConfigError(f"objective={cfg.objective}: not measured here; choose one of {', '.join(before)}")
@@ -77,7 +79,10 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
             samples=report.samples(rows, replies),
         )
     set_seed(cfg.seed)  # a reference that is computed draws random numbers, one that is found in the cache draws none
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
+    finally:
+        saving.join()  # whatever it ends with, what was saved is sealed before the record says how it ended
     if runs.STOP.asked:
         raise runs.Interrupted(f"interrupted by {runs.STOP.asked}, saved at step {trainer.state.global_step}")
     after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
@@ -106,7 +111,7 @@ def watch(trainer: Any, run: runs.Run, checkpoint: Path | None) -> tuple[Any, An
 
 def save(trainer: Any, folder: Path) -> None:
     """Writes the final model, which is there whole or not at all."""
-    unfinished = folder.with_name(f"unfinished-{folder.name}")
+    unfinished = folder.with_name(runs.UNFINISHED_MODEL)
     for left in (unfinished, folder):  # by a life that ended before the record said completed
         shutil.rmtree(left, ignore_errors=True)
     trainer.save_model(str(unfinished))

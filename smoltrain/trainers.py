@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -48,6 +49,7 @@ def watched(trainer: partial) -> partial:
         step_loss: Any = None
         step_grad_norm: Any = None
         ended = False
+        before_best: Callable[[Path], None]
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
             if self.ended or self.state.global_step >= self.state.max_steps:
@@ -61,6 +63,10 @@ def watched(trainer: partial) -> partial:
                 raise RuntimeError(
                     f"the weights of the checkpoint are not those of the model: {', '.join(sorted(wrong))}"
                 )
+
+        def _load_best_model(self) -> None:
+            self.before_best(Path(self.state.best_model_checkpoint))
+            super()._load_best_model()
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)

@@ -17,6 +17,8 @@ from typing import Any
 
 from lives import COMMAND, Life, Lives
 
+from smoltrain.runs import CLOCK
+
 # Of 48 rows, with a save every two steps: saves and logs do not coincide, the end is in the middle of an epoch.
 SMALL = (
     "data.test_rows=8",
@@ -27,7 +29,6 @@ SMALL = (
     "trainer.args.per_device_train_batch_size=2",
     "tracking=none",
 )
-TIMES = ("runtime", "per_second", "_time")  # how names of metrics end that no two runs have in common
 OWN = ("start", "end", "seconds", "process", "resumed", "config")  # of a record: when and where it was, and whose
 HERE = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import survival\n"
 STOCK = f"{HERE}survival.stock(*sys.argv[1:])"
@@ -117,7 +118,7 @@ def plain(value: Any) -> Any:
 def timeless(value: Any, directory: str) -> Any:
     """The same without times, and without the name of its directory."""
     if isinstance(value, dict):
-        return {key: timeless(inner, directory) for key, inner in value.items() if not key.endswith(TIMES)}
+        return {key: timeless(inner, directory) for key, inner in value.items() if not key.endswith(CLOCK)}
     if isinstance(value, list):
         return [timeless(inner, directory) for inner in value]
     return value.replace(directory, "") if isinstance(value, str) else value

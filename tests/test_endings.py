@@ -1,5 +1,6 @@
 """How a run ends, whatever ends it: a signal in any phase, numbers no longer finite, a full disk, no memory."""
 
+import errno
 import json
 import signal
 import subprocess
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from smoltrain.endings import DiskFull, OutOfMemory, explained
-from smoltrain.runs import read, read_metrics, worst
+from smoltrain.runs import CLOCK, read, read_metrics, worst
 
 FEW = ("data.train_rows=32", "data.test_rows=8", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
 FEW += ("trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=6", "trainer.args.save_steps=2")
@@ -55,8 +56,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def learned(run: Path) -> list[dict]:
     """The metrics of a run, less what a clock measured."""
-    clock = ("_runtime", "_per_second", "_time")
-    return [{k: v for k, v in row.items() if not k.endswith(clock)} for row in read_metrics(run)]
+    return [{k: v for k, v in row.items() if not k.endswith(CLOCK)} for row in read_metrics(run)]
 
 
 def equal(one: Path, other: Path) -> bool:
@@ -148,6 +148,48 @@ def test_a_second_signal_leaves_at_once(forked, folder):
     assert not list(only_run(folder).glob("checkpoint-*"))
 
 
+def test_what_a_signal_saves_can_be_gone_on_from_though_only_models_are_kept(forked, folder):
+    command = (*FEW, "trainer.args.save_only_model=true")
+    life = forked(*command, code=f"{SLOWED}{PHASES['step'][0]}\n{RUN}")
+    life.until("HERE")
+    life.kill(signal.SIGTERM)
+    assert life.wait() == 143, life.stderr
+    again = forked(*command)
+    assert again.wait() == 0 and "from checkpoint-1" in again.stdout, again.stdout
+
+
+def test_a_signal_after_the_final_model_is_written_leaves_none(forked, folder, undisturbed):
+    slow = "import smoltrain.train as m; slowed(m, 'save', 'HERE', after=True)"
+    life = forked(*FEW, code=f"{SLOWED}{slow}\n{RUN}")
+    life.until("HERE")
+    life.kill(signal.SIGTERM)
+    assert life.wait() == 143 and not (only_run(folder) / "model").exists()
+    assert forked(*FEW).wait() == 0 and equal(only_run(folder), undisturbed())
+    assert not (only_run(folder) / "unfinished-model").exists()
+
+
+def test_a_signal_while_an_evaluation_ends_a_run_early_does_not_make_it_longer(forked, folder):
+    patience = "callbacks.early={_target_: transformers.EarlyStoppingCallback, early_stopping_patience: 1}"
+    measured = ("trainer.args.eval_strategy=steps", "trainer.args.eval_steps=1", "trainer.args.learning_rate=0.2")
+    best = ("trainer.args.load_best_model_at_end=true", "trainer.args.save_steps=1", "trainer.args.max_steps=9")
+    command = (*FEW, patience, *measured, *best)
+    calm = forked(*command, "name=calm")
+    assert calm.wait() == 0, calm.stderr
+    (file,) = folder.glob("multirun/calm/*/run.json")
+    steps = read(file.parent)["steps"]
+    assert 1 < steps < 9
+    at = f"if self.state.global_step == {steps}: print('HERE', flush=True); time.sleep(1.5)"
+    slow = f"import trl\nreal = trl.SFTTrainer.evaluate\ndef slow(self, *a, **k):\n    {at}\n    return real(self, *a, **k)"
+    life = forked(*command, code=f"{SLOWED}{slow}\ntrl.SFTTrainer.evaluate = slow\n{RUN}")
+    life.until("HERE")
+    life.kill(signal.SIGTERM)
+    assert life.wait() == 143, life.stderr
+    again = forked(*command)
+    assert again.wait() == 0, again.stderr
+    (run,) = {file.parent for file in folder.glob("multirun/default/*/run.json")}
+    assert read(run)["steps"] == steps and equal(run, file.parent)
+
+
 def test_a_process_that_is_gone_reads_as_interrupted(forked, folder):
     life = forked(*FEW, code=f"{SLOWED}{PHASES['step'][0]}\n{RUN}")
     life.until("HERE")
@@ -157,9 +199,9 @@ def test_a_process_that_is_gone_reads_as_interrupted(forked, folder):
     assert read(only_run(folder))["status"] == "interrupted"
     file = only_run(folder) / "run.json"
     elsewhere = json.loads(file.read_text())
-    elsewhere["process"]["host"] += "-other"
+    elsewhere["process"] = {"host": "another", "pid": 1}  # a number that is taken everywhere
     file.write_text(json.dumps(elsewhere))
-    assert read(only_run(folder))["status"] == "running"  # of another machine's process, nobody knows here
+    assert read(only_run(folder))["status"] == "interrupted"
 
 
 # ---------------------------------------------------------------- numbers that are no longer finite
@@ -249,6 +291,16 @@ def test_a_run_that_diverged_is_not_tried_again_in_silence(smoltrain, monkeypatc
     assert "this experiment has diverged already" in capsys.readouterr().out
 
 
+def test_a_step_that_the_scaler_of_fp16_leaves_out_is_no_divergence(smoltrain, monkeypatch):
+    from accelerate import Accelerator
+
+    spoil(monkeypatch, "gradient", 2, float("inf"))
+    monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    (record,) = smoltrain("trainer.args.logging_steps=1", quick=(*FEW[:-2], "tracking=none", "resume=never"))
+    assert record["status"] == "completed"
+    assert read_metrics(record["directory"])[2]["grad_norm"] == float("inf")
+
+
 def test_a_sweeper_is_told_the_worst_value():
     assert worst("eval_loss") == float("inf") and worst("exact_match") == worst("eval_rewards/accuracies") == -float(
         "inf"
@@ -297,6 +349,23 @@ def test_a_disk_without_room_is_found_before_a_save_begins(smoltrain, monkeypatc
     assert read(run)["status"] == "completed"
 
 
+def test_a_full_disk_is_that_of_the_file_that_could_not_be_written(tmp_path):
+    elsewhere = tmp_path / "cache" / "rows.arrow"
+    elsewhere.parent.mkdir()
+    with pytest.raises(DiskFull, match=str(elsewhere.parent)), explained(Path("run"), {}):
+        raise OSError(errno.ENOSPC, "No space left on device", str(elsewhere))
+
+
+def test_memory_that_runs_out_while_the_model_is_loaded_is_no_slip_in_the_config(smoltrain, monkeypatch):
+    from smoltrain.model import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "model", lambda *_: torch.empty(2**50))
+    with pytest.raises(OutOfMemory):
+        smoltrain(quick=FEW)
+    (file,) = Path().glob("multirun/*/*/run.json")
+    assert read(file.parent)["status"] == "failed"
+
+
 def test_memory_that_runs_out_names_what_helps(monkeypatch):
     args = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_length": 1024}
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
@@ -312,5 +381,7 @@ def test_memory_that_runs_out_names_what_helps(monkeypatch):
         ]
     with pytest.raises(OutOfMemory), explained(Path(), args):
         torch.empty(2**50)  # what torch says of a CPU
+    with pytest.raises(OutOfMemory, match="peft=lora"), explained(Path(), {}):
+        raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), explained(Path(), args):
         raise RuntimeError("something else")

@@ -225,7 +225,7 @@ def test_rows_that_are_others_now_are_refused(rows, altered, trained):
     assert "the training rows (my) changed since this run; which rows" in rows("--step", "1", code=2)
     file.write_text(text)
     older = altered(versions__torch="1.0")
-    assert rows("--step", "1", reference=older).startswith("torch was 1.0 and is 2")
+    assert rows("--step", "1", reference=older).startswith("torch 1.0, here 2")
 
 
 def test_a_trainer_that_orders_its_rows_itself_is_refused():

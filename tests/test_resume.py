@@ -115,12 +115,124 @@ def test_a_run_is_named_and_what_differs_is_refused_or_applied(smoltrain, broken
     assert "the saved optimizer brings its own" in capsys.readouterr().err
     smoltrain(f"resume={run}", "resume_changes=accept", "trainer.args.learning_rate=0.5", quick=FEW)
     rates = [row["learning_rate"] for row in read_metrics(run) if "loss" in row]
-    plain = [0.001, 0.001, 0.001, 0.001, 0.001, 0.001]
-    assert len(rates) == 6 and max(rates[:2]) <= plain[0] and min(rates[2:5]) > 0.05
+    assert len(rates) == 6 and max(rates[:2]) <= 0.001 and min(rates[2:5]) > 0.05
     smoltrain(f"resume={run}", quick=FEW, code=2)
     assert "this run is completed" in capsys.readouterr().err
     smoltrain("resume=nowhere", quick=FEW, code=2)
     assert "resume=nowhere: no run of that name" in capsys.readouterr().err
+
+
+def test_a_schedule_that_is_accepted_holds_from_the_first_step_on(smoltrain, broken):
+    run = broken("trainer.args.warmup_steps=0")
+    constant = ("trainer.args.lr_scheduler_type=constant", "trainer.args.save_steps=1", "trainer.args.warmup_steps=0")
+    smoltrain(f"resume={run}", "resume_changes=accept", *constant, quick=[o for o in FEW if "save_steps" not in o])
+    rates = {row["step"]: row["learning_rate"] for row in read_metrics(run) if "loss" in row}
+    assert rates[2] < 0.001 and {rates[step] for step in (3, 4, 5, 6)} == {0.001}
+    assert {folder.name for folder in run.glob("checkpoint-*")} == {"checkpoint-5", "checkpoint-6"}  # as asked for now
+
+
+def listing(run: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+
+BEST = ("trainer.args.load_best_model_at_end=true", "trainer.args.eval_strategy=steps", "trainer.args.eval_steps=1")
+BEST += ("trainer.args.learning_rate=0.5", "trainer.args.save_steps=1", *FEW[:4], *FEW[6:])  # the first is the best
+
+
+@pytest.mark.parametrize("when", ["before", "at the end"])
+def test_a_best_checkpoint_that_is_damaged_becomes_no_final_model(smoltrain, broken, capsys, monkeypatch, when):
+    monkeypatch.setattr("test_resume.AUTO", (*BEST, "resume=auto"))
+    run = broken()
+    assert [folder.name for folder in sorted(run.glob("checkpoint-*"))] == [
+        "checkpoint-1",
+        "checkpoint-2",
+        "checkpoint-3",
+    ]
+    weights = run / "checkpoint-1" / "model.safetensors"
+
+    def damage() -> None:
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+
+    if when == "before":
+        damage()
+        before = listing(run)
+        smoltrain(quick=AUTO, code=2)
+        assert "model.safetensors is not as it was written; it is the best so far" in capsys.readouterr().err
+        assert listing(run) == before
+        return
+    from transformers import Trainer
+
+    real = Trainer._finalize_training
+    monkeypatch.setattr(Trainer, "_finalize_training", lambda *a, **k: (damage(), real(*a, **k))[1])
+    with pytest.raises(OSError, match="is not as it was written; it is the best"):
+        smoltrain(quick=AUTO)
+    assert read(run)["status"] == "failed" and not (run / "model").exists()
+
+
+def test_a_run_none_of_whose_checkpoints_is_sound_starts_anew_only_when_told(smoltrain, broken, capsys):
+    run = broken()
+    (run / "metrics.jsonl").unlink()
+    before = listing(run)
+    smoltrain(quick=AUTO, code=2)
+    said = capsys.readouterr().err
+    assert (
+        f"{run / 'checkpoint-2'}: metrics.jsonl has lost lines" in said and "no checkpoint of this run is sound" in said
+    )
+    assert listing(run) == before
+    smoltrain("resume_changes=accept", quick=AUTO)
+    assert read(run)["resumed"][0]["step"] == 0 and (run / "broken-checkpoint-2").is_dir()
+
+
+def test_checkpoints_without_an_optimizer_make_room_for_those_that_have_one(smoltrain, monkeypatch, broken, capsys):
+    with monkeypatch.context() as patched:
+        patched.setattr("test_resume.AUTO", (*FEW, "trainer.args.save_only_model=true", "resume=auto"))
+        run = broken()
+    capsys.readouterr()
+    smoltrain(f"resume={run}", quick=FEW)
+    out = capsys.readouterr().out
+    assert "checkpoint-2: it holds no optimizer" in out and "set aside as broken-checkpoint-2" in out
+    sound = [json.loads((folder / "manifest.json").read_text()) for folder in run.glob("checkpoint-*")]
+    assert {(one["step"], one["resumable"]) for one in sound} == {(4, True), (6, True)}
+
+
+def test_a_directory_that_is_in_use_is_left_alone(smoltrain, folder, capsys):
+    mine = folder / "mine"
+    mine.mkdir()
+    (mine / "report.md").write_text("of mine")
+    for arguments in (("objective=eval_losss",), ("resume=never",), ()):
+        smoltrain(f"hydra.run.dir={mine}", *arguments, quick=FEW, code=2)
+        assert "it holds report.md; choose a directory that is new or empty" in capsys.readouterr().err
+        assert listing(mine) == {"report.md": b"of mine"}
+    (record,) = smoltrain("hydra.run.dir=new", quick=FEW) or [read(folder / "new")]
+    assert record["status"] == "completed"
+    smoltrain("hydra.run.dir=new", quick=FEW, code=2)
+    assert "there is a run already, completed; choose another directory" in capsys.readouterr().err
+
+
+def test_a_folder_of_the_users_in_a_run_survives_its_continuation(smoltrain, broken):
+    run = broken()
+    (run / "deleted-photos").mkdir()
+    (run / "deleted-notes.txt").write_text("mine")
+    smoltrain(quick=AUTO)
+    assert read(run)["status"] == "completed"
+    assert (run / "deleted-photos").is_dir() and (run / "deleted-notes.txt").read_text() == "mine"
+
+
+def test_a_claimed_run_that_then_is_refused_is_what_it_was(smoltrain, broken, monkeypatch):
+    run = broken()
+    before = (run / "run.json").read_text()
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    smoltrain(quick=AUTO, code=2)
+    assert (run / "run.json").read_text() == before
+    monkeypatch.delenv("WORLD_SIZE")
+    smoltrain(quick=AUTO)
+    assert read(run)["status"] == "completed"
+
+
+def test_a_sweep_goes_on_with_no_run_by_name(smoltrain, broken, capsys):
+    run = broken()
+    smoltrain("-m", f"resume={run}", "seed=0,1", quick=FEW, code=2)
+    assert "one run goes on at a time; name it without -m" in capsys.readouterr().err
 
 
 def test_other_weights_to_begin_with_are_refused(smoltrain, folder, broken, capsys):
@@ -135,8 +247,11 @@ def test_other_weights_to_begin_with_are_refused(smoltrain, folder, broken, caps
     weights = load_file(mine / "model.safetensors")
     weights["model.norm.weight"] += 1
     save_file(weights, mine / "model.safetensors", metadata={"format": "pt"})
+    before = listing(run)
     smoltrain(f"model.name_or_path={mine}", quick=AUTO, code=2)
-    assert "model: it has changed since this run began" in capsys.readouterr().err and read(run)["status"] == "failed"
+    assert "model: it has changed since this run began" in capsys.readouterr().err
+    changed = {name for name, content in listing(run).items() if before.get(name) != content}
+    assert changed <= {".hydra/overrides.yaml", ".hydra/config.yaml", ".hydra/hydra.yaml"}
 
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.torture)])

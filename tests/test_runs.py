@@ -40,7 +40,7 @@ def test_the_record_says_what_ran(smoltrain):
     assert "seed=3" in record["overrides"] and record["config"]["trainer"]["args"]["seed"] == 3
     steps = [row["step"] for row in read_metrics(record["directory"]) if "loss" in row]
     assert steps == [1, 2]
-    made = {"run.json", "metrics.jsonl", "model", "report.md", "curves.png", ".hydra"}
+    made = {"run.json", "metrics.jsonl", "model", "report.md", "curves.png", ".hydra", ".lock"}
     assert {file.name for file in record["directory"].iterdir()} == made
 
 
@@ -202,7 +202,7 @@ EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
         (("hydra.run.dir=file/run",), "cannot write the run's directory"),
         (("trainer.args.hub_token=abc",), "only from the environment"),
         (("trainer.args.output_dir=here",), "trainer.args.output_dir: everything of a run is in one directory"),
-        (("trainer.args.resume_from_checkpoint=here",), "a run cannot be resumed yet"),
+        (("trainer.args.resume_from_checkpoint=here",), "the same command goes on with its unfinished run"),
         (("trainer.args.push_to_hub=true",), "trainer.args.push_to_hub: a run pushes nothing"),
         (("seed=-1",), "seed=-1: 0 to 4294967295"),
         (("threads=0",), "threads=0: at least 1, or null"),

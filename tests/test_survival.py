@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import random
 import re
 import shutil
@@ -86,15 +87,16 @@ def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(
     assert not any(different.values()), different
 
 
-def test_a_process_that_was_killed_is_gone_though_nobody_has_awaited_it():
-    code = "import json, time, smoltrain.runs as r; print(json.dumps(r.this_process()), flush=True); time.sleep(60)"
+def test_a_process_that_was_killed_is_gone_though_nobody_has_awaited_it(folder):
+    code = "import time, pathlib, smoltrain.runs as r; r.hold(pathlib.Path()); print(flush=True); time.sleep(60)"
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
-        told = json.loads(process.stdout.readline())
-        assert not runs.gone(told)
+        told = {"host": platform.node(), "pid": process.pid}
+        process.stdout.readline()
+        assert not runs.gone(folder, told)
         process.kill()
         process.stdout.read()  # until its end, which nobody awaits
         os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
-        assert runs.gone(told)
+        assert runs.gone(folder, told)
 
 
 def seconds_of(lives, run: Path, *arguments: str, code: str = COMMAND) -> float:
@@ -170,7 +172,8 @@ def look_for_the_newest(run: Path, whole: Path, earlier: int) -> int:
     sealed = {name for name in every if (run / name / "manifest.json").exists()}
     step = max((int(name.split("-")[1]) for name in sealed), default=0)
     files, said = inodes(run), []
-    found = checkpoints.newest(run, {json.loads((run / "run.json").read_text())["config_hash"]}, said.append)
+    found, unfit = checkpoints.newest(run, {json.loads((run / "run.json").read_text())["config_hash"]})
+    checkpoints.tidy(run, unfit, said.append)
     assert step >= earlier and found == (run / f"checkpoint-{step}" if step else None)
     broken = sorted(every - sealed, reverse=True)
     assert [line.partition(";")[0] for line in said] == [
@@ -269,7 +272,9 @@ def test_any_damage_to_the_newest_checkpoint_is_detected_and_the_one_before_it_t
 def falls_back(run: Path, newer: str, older: str) -> str:
     """Lets a run find its older checkpoint the newest, and returns why; nothing is deleted."""
     files, said = inodes(run), []
-    found = checkpoints.newest(run, {json.loads((run / "run.json").read_text())["config_hash"]}, said.append)
+    found, unfit = checkpoints.newest(run, {json.loads((run / "run.json").read_text())["config_hash"]})
+    assert inodes(run) == files
+    checkpoints.tidy(run, unfit, said.append)
     assert found == run / older and inodes(run) == files
     return re.fullmatch(f"{newer}: (.*); set aside as broken-{newer}", *said)[1]
 

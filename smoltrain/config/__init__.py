@@ -91,7 +91,13 @@ REFUSALS = (ValueError, TypeError, OSError, ImportError, RuntimeError)
 
 def exhausted(error: BaseException) -> bool:
     """Whether the machine ran out of memory or disk: then the run has failed, and nothing was wrong with its config."""
-    return type(error).__name__ == "OutOfMemoryError" or getattr(error, "errno", None) in DISK_FULL
+    return out_of_memory(error) or getattr(error, "errno", None) in DISK_FULL
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether the machine ran out of memory, in torch's words of an accelerator's and of the CPU's, or Python's."""
+    named = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    return named or "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def place(error: BaseException | None) -> str:

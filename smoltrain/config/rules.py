@@ -523,7 +523,7 @@ NEVER: tuple[tuple[str, str], ...] = (
     ("output_dir",
      "everything of a run is in one directory, choose it with hydra.run.dir="),
     ("resume_from_checkpoint ignore_data_skip restore_callback_states_from_checkpoint",
-     "a run cannot be resumed yet; start it again, or start another from a completed one with model.from_run="),
+     "the same command goes on with its unfinished run, resume= names another; model.from_run= starts from a model"),
     ("enable_jit_checkpoint",
      "an interrupted run would end as if it had completed; without, it ends as preempted"),
     ("push_to_hub hub_model_id hub_strategy hub_always_push hub_private_repo hub_revision",
