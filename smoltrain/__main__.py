@@ -221,8 +221,8 @@ def train(arguments: list[str]) -> int:
         elif not loads_batches():  # a worker that prepares rows, forked from here: nobody awaits its exception
             os._exit(128 + number)
 
-    # SIGTERM ends a run as Ctrl+C does: the record says preempted, the exit code is 143.
-    for number in (signal.SIGTERM, signal.SIGINT):
+    # SIGTERM, and a terminal that goes, end a run as Ctrl+C does: the record says preempted, the exit code is 143.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs have it
             signal.signal(number, interrupt)
     exits = []
@@ -265,6 +265,10 @@ def train(arguments: list[str]) -> int:
     flags, overrides = split(arguments)
     try:
         check_flags(flags)
+        if any(o.startswith("resume=") for o in overrides) and not {"-m", "--multirun"} & set(flags):
+            from smoltrain.resume import with_its_own
+
+            overrides, flags = with_its_own(overrides, flags)
         if {"--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}:
             guard(overrides, [*flags, *overrides])
         else:

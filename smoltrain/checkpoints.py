@@ -12,6 +12,7 @@ from typing import Any
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
 BROKEN = "broken-"  # before the name of what no run can go on from
+NO_OPTIMIZER = "it holds no optimizer (trainer.args.save_only_model=true)"
 GOING = "deleted-"  # before the name of what rotation removes, while it goes
 
 
@@ -112,7 +113,7 @@ def newest(directory: Path, hashes: Collection[str]) -> tuple[Path | None, dict[
     for folder in all_of(directory):
         wrong = fault(folder, hashes)
         if not (wrong or (read(folder) or {})["resumable"]):
-            wrong = "it holds no optimizer (trainer.args.save_only_model=true)"
+            wrong = NO_OPTIMIZER
         if not wrong:
             return folder, unfit
         unfit[folder] = wrong

@@ -529,6 +529,9 @@ def about(run: Found, wide: int) -> Iterator[tuple[str, list[str], str]]:
     if again := record.get("resumed"):
         steps = ", ".join(str(one["step"]) for one in again)
         yield "resumed", [f"{some(len(again), 'time')}, at step {steps}"], ""
+        for one in again:
+            since, changed = f"from step {one['step']} on", (one.get("changed") or {}).items()
+            yield "", [f"{since} {key}={shown(new)}, before {shown(old)}" for key, (old, new) in changed], "yellow"
     yield "versions", other_versions(record.get("versions") or {}), "yellow"
     saved = sorted(
         [*directory.glob("checkpoint-*/"), *directory.glob(f"{BROKEN}checkpoint-*/")],
@@ -538,6 +541,8 @@ def about(run: Found, wide: int) -> Iterator[tuple[str, list[str], str]]:
     if (directory / "model").is_dir():
         label = "final" if run.status == "completed" else "unfinished"
         yield label, [f"{short(directory / 'model')}  {size(weight(directory / 'model'))}"], ""
+    if run.status in runs.UNFINISHED:
+        yield "go on", [f"smoltrain resume={short(directory)}"], ""
     read = [str(short(directory / name)) for name in ("report.md", "traceback.txt") if (directory / name).is_file()]
     yield "read", read or [str(short(directory))], ""
 

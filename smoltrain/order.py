@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from smoltrain import runs
 from smoltrain.config import ConfigError, leaves
+from smoltrain.history import opened, resolve
 from smoltrain.history import other_versions as versions_here
-from smoltrain.history import resolve
 
 if TYPE_CHECKING:
     import numpy as np
@@ -238,13 +238,17 @@ def rows(arguments: list[str]) -> int:
     """`smoltrain runs rows RUN`: shows the rows of `--step` or of the `--spikes`; with `--json` as data."""
     reference, asked, as_json = parsed(arguments)
     directory = resolve(reference)
-    record, logged = runs.read(directory), runs.read_metrics(directory)
+    record, logged = opened(directory).record, runs.read_metrics(directory)
+    if lost := [key for key in ("config", "fingerprints", "versions", "rows", "sources") if key not in record]:
+        raise ConfigError(f"{directory}: its record does not say what it read ({', '.join(lost)} missing)")
     last = steps_of(record, logged)
     for step in asked or []:
         if not 1 <= step <= last:
             there = f"its steps are 1 to {last:,}" if last else "it made no step"
             raise ConfigError(f"--step {step}: {directory} has no such step; {there}")
     facts: dict[str, Any] = {"run": str(directory), "warnings": other_versions(record)}
+    if record["status"] == "diverged" and not asked:
+        facts["warnings"].append(f"{record['error']}, which is not logged: --step {last} shows the rows of that step")
     groups: list[dict[str, Any]] = [{"steps": asked}] if asked else spikes(logged)
     if groups:
         refuse_changed(record, min([*(asked or []), *(group["first"] for group in groups if "first" in group)]))

@@ -52,6 +52,11 @@ class Preflight:
     def args(self) -> Any:
         return self.trainer.keywords["args"]
 
+    @property
+    def steps(self) -> int:
+        """The last step of the run; of a stream, `max_steps` says it."""
+        return budget.steps(max(self.data.lengths.size, 1), self.args).total
+
     @contextmanager
     def part(self, key: str) -> Iterator[None]:
         """Keeps what is refused, so that the other parts can tell what is wrong with them too."""

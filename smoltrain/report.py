@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smoltrain import runs
+from smoltrain.checkpoints import MANIFEST, all_of
 from smoltrain.lines import measured
 
 SAMPLES = 3
@@ -203,7 +204,8 @@ def ending(directory: Path) -> str:
     rate = record["config"]["trainer"]["args"]["learning_rate"]
     mend = f"; lower trainer.args.learning_rate={rate}" if record["status"] == "diverged" else ""
     if record["status"] in runs.UNFINISHED and not (directory.parent / "multirun.yaml").exists():
-        mend = "; the same command goes on"
+        found = [f for f in all_of(directory) if (f / MANIFEST).exists()]
+        mend = f"; the same command goes on{f' from {found[0].name}' if found else ''}"
     return f"{record['status']} {where}{mend}; report {short(directory / 'report.md')}"
 
 

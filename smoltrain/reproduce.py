@@ -12,7 +12,7 @@ from smoltrain.config.compose import compose
 from smoltrain.config.overrides import quoted
 from smoltrain.config.resolvers import stamp
 from smoltrain.config.validate import resolved
-from smoltrain.history import resolve
+from smoltrain.history import opened, resolve
 
 AS_IT_WAS = ("trainer.args.output_dir", "resume", "resume_changes")  # of the record's config, what another run has anew
 
@@ -26,7 +26,11 @@ def reproduce(arguments: list[str], start: Callable[[list[str]], int]) -> int:
     if len(names) != 1 or flags:
         raise ConfigError("smoltrain reproduce takes one run: its directory, name, stamp, or latest")
     directory = resolve(names[0], completed=True)
-    record = runs.read(directory)
+    record = opened(directory).record
+    if lost := [key for key in ("config", "config_dirs", "overrides", "name") if key not in record]:
+        raise ConfigError(f"{directory}: its record does not say with what it ran ({', '.join(lost)} missing)")
+    if changed := [again["step"] for again in record["resumed"] if again["config_hash"] != record["config_hash"]]:
+        raise ConfigError(f"{directory}: it went on with another config after step {max(changed)}; no one command does")
     said = [part for folder in record["config_dirs"] for part in ("--config-dir", folder)]
     if len(record["config_dirs"]) > 1:
         said = [f"hydra.searchpath=[{','.join(record['config_dirs'])}]"]
@@ -68,7 +72,7 @@ def compare(then: Path, now: Path) -> int:
     for section in ("versions", "hardware", "fingerprints", "git"):
         for name, value in (before.get(section) or {}).items():
             if (other := (after.get(section) or {}).get(name)) != value:
-                print(f"{section} {name}: {shown(other)}, and then {shown(value)}", file=sys.stderr)
+                print(f"{section} {name}: {shown(other)} now, {shown(value)} then", file=sys.stderr)
     rows = [*differing(measured(then), measured(now))]
     one, other = weights(then), weights(now)
     files = [name for name in one | other if one.get(name) != other.get(name)]
@@ -78,7 +82,7 @@ def compare(then: Path, now: Path) -> int:
     else:
         print(f"weights  {'equal' if not files else f'differ in {len(files)} of {len(one | other)} files'}")
     if before["status"] != after["status"]:
-        print(f"status   {after['status']}, and then {before['status']}")
+        print(f"status   {after['status']} now, {before['status']} then")
     return int(bool(rows or files or not one or before["status"] != after["status"]))
 
 
@@ -92,9 +96,9 @@ def differing(then: list[dict[str, Any]], now: list[dict[str, Any]]) -> Iterator
     for one, other in zip(then, now, strict=False):
         for name in one.keys() | other.keys():
             if one.get(name) != other.get(name):
-                yield f"differ from step {one['step']} on: {name} {other.get(name)}, and then {one.get(name)}"
+                yield f"differ from step {one['step']} on: {name} is {other.get(name)} now and was {one.get(name)}"
     if len(then) != len(now):
-        yield f"{len(now)} lines, and then {len(then)}"
+        yield f"are {len(now)} lines now and were {len(then)}"
 
 
 def weights(directory: Path) -> dict[str, str]:

@@ -15,7 +15,7 @@ from smoltrain import checkpoints, report, runs
 from smoltrain.config import ConfigError, leaves, rules, shown
 from smoltrain.config.overrides import read
 from smoltrain.config.validate import resolved
-from smoltrain.history import every, resolve
+from smoltrain.history import every, opened, resolve
 
 MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
 # What a continued run may change without a word: it is read anew, and what was learned so far does not hang on it.
@@ -69,6 +69,32 @@ def kept_in(cfg: DictConfig, overrides: Iterable[str]) -> Path:
     return Path(str(given[-1].value())) if given else runs.ROOT / cfg.name
 
 
+def with_its_own(overrides: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """The command line of a run that `resume=` names, with what is typed now in place of what was typed then."""
+    typed = {key_of(override) for override in overrides}
+    given = [found.value() for o in overrides if (found := read(o)) and found.key_or_group == "resume"]
+    if not given or given[-1] in ("auto", "never"):
+        return overrides, flags
+    record = opened(resolved_run(str(given[-1]))).record
+    folders = [part for folder in record.get("config_dirs", []) for part in ("--config-dir", folder)]
+    if len(folders) > 2:
+        overrides = [f"hydra.searchpath=[{','.join(record['config_dirs'])}]", *overrides]
+    elif not {"--config-dir", "-cd"} & {flag.partition("=")[0] for flag in flags}:
+        flags = [*flags, *folders]
+    return [*(o for o in record.get("overrides", []) if key_of(o) not in typed), *overrides], flags
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def resolved_run(reference: str) -> Path:
+    try:
+        return resolve(reference)
+    except ConfigError as error:
+        raise ConfigError(f"resume={error}; auto and never are the other choices") from error
+
+
 def alike(config_hash: str, folder: Path) -> list[Path]:
     """The directories of all runs of an experiment, the one that started last first."""
     return [run.directory for run in every(folder) if run.record.get("config_hash") == config_hash]
@@ -76,10 +102,7 @@ def alike(config_hash: str, folder: Path) -> list[Path]:
 
 def named(cfg: DictConfig) -> Path:
     """The run that `resume` names, unless it has completed, is running, or was another experiment."""
-    try:
-        directory = resolve(str(cfg.resume))
-    except ConfigError as error:
-        raise ConfigError(f"resume={error}; auto and never are the other choices") from error
+    directory = resolved_run(str(cfg.resume))
     record = runs.read(directory)
     if record["status"] in ("completed", "running"):
         raise ConfigError(f"resume={cfg.resume}: this run is {record['status']}; resume=never starts a new one")
@@ -92,20 +115,24 @@ def named(cfg: DictConfig) -> Path:
 def refuse_changes(cfg: DictConfig, record: dict[str, Any]) -> None:
     """Raises ConfigError for what a config says otherwise than the record of the run that it continues."""
     pin_parent(cfg)
-    then, now = dict(leaves(record["config"])), dict(leaves(resolved(cfg)[0]))
-    ignored = tuple(f"{key}." for key in runs.NOT_IDENTITY)
-    changed = [
-        key
-        for key in sorted(then | now)
-        if then.get(key) != now.get(key) and not f"{key}.".startswith((*ignored, *FREE))
-    ]
+    now = resolved(cfg)[0]
+    changed = changes(record["config"], now)
     if cfg.resume_changes == "accept":
-        stuck = (*KEPT, RATE) if str(now.get("trainer.args.lr_scheduler_type")) in rules.BY_EVALUATION else KEPT
-        changed = [key for key in changed if key.startswith(stuck)]
+        by_evaluation = str(now["trainer"]["args"].get("lr_scheduler_type")) in rules.BY_EVALUATION
+        stuck = (*KEPT, RATE) if by_evaluation else KEPT
+        changed = {key: values for key, values in changed.items() if key.startswith(stuck)}
     mend = MENDS if cfg.resume_changes == "refuse" else "the saved optimizer brings its own; resume=never starts anew"
     if changed:
-        lines = [f"{key}={shown(now.get(key))}: the continued run has {shown(then.get(key))}" for key in changed]
+        lines = [f"{key}={shown(new)}: the continued run has {shown(old)}" for key, (old, new) in changed.items()]
         raise ConfigError("\n".join([*lines, f"resume={cfg.resume}: {mend}"]))
+
+
+def changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
+    """What of a run's config decides what it learns and is another now: by key the old value and the new one."""
+    one, other = dict(leaves(then)), dict(leaves(now))
+    ignored = (*(f"{key}." for key in runs.NOT_IDENTITY), *FREE)
+    differing = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
+    return {key: [one.get(key), other.get(key)] for key in differing if not f"{key}.".startswith(ignored)}
 
 
 @dataclass
@@ -119,22 +146,31 @@ class Start:
     unfit: dict[Path, str]
 
     @classmethod
-    def of(cls, run: runs.Run, accepts: str) -> "Start":
-        """Looks for the checkpoint that a continued run goes on from, and touches nothing.
+    def of(cls, run: runs.Run, accepts: str, last: int) -> "Start":
+        """Looks for the checkpoint that a continued run goes on from, and touches nothing. `last` is its last step.
 
-        Raises ConfigError where each that was saved whole is damaged now, or the best one is, unless it `accepts` that.
+        Raises ConfigError where each that was saved whole is damaged now, unless it `accepts` that; where the best one
+        is; and where the run would be over, by a change, before it goes on.
         """
         if not run.former:
             return cls(None, {})
         hashes = {run.former["config_hash"], run.record["config_hash"]}
         hashes |= {again["config_hash"] for again in run.former["resumed"]}
         found, unfit = checkpoints.newest(run.directory, hashes)
-        whole = {folder: why for folder, why in unfit.items() if (folder / checkpoints.MANIFEST).exists()}
+        ended = {folder: why for folder, why in unfit.items() if (folder / checkpoints.MANIFEST).exists()}
+        whole = {folder: why for folder, why in ended.items() if why != checkpoints.NO_OPTIMIZER}
         if found is None and whole and accepts == "refuse":
             lines = [f"{folder}: {why}" for folder, why in whole.items()]
             raise ConfigError("\n".join([*lines, f"no checkpoint of this run is sound; {MENDS}"]))
         if found and run.args.get("load_best_model_at_end") and (wrong := best_damaged(found)):
             raise ConfigError(f"{wrong}; it is the best so far, and would be the final model; resume=never starts anew")
+        if found:
+            state = json.loads((found / "trainer_state.json").read_text())
+            if state["global_step"] >= last != state["max_steps"]:
+                raise ConfigError(
+                    f"resume={run.directory}: it is at step {state['global_step']} of {state['max_steps']}, and with "
+                    f"what has changed its last step would be {last}; raise trainer.args.max_steps or num_train_epochs"
+                )
         return cls(found, unfit)
 
     def go_back(self, run: runs.Run) -> None:
@@ -142,7 +178,10 @@ class Start:
         if not run.former:
             return
         checkpoints.tidy(run.directory, self.unfit, print)
-        run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None)
+        changed = changes(run.former["config"], run.record["config"])
+        for key, (old, new) in changed.items():
+            print(f"{key}={shown(new)}: the continued run had {shown(old)} (resume_changes=accept)")
+        run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None, changed)
         where = f"from {self.checkpoint.name}" if self.checkpoint else "from its start, for it has no checkpoint"
         print(f"continues the {run.former['status']} run {report.short(run.directory)} {where}")
 
@@ -160,7 +199,10 @@ def refuse_other(run: runs.Run, accepts: str, fingerprints: dict[str, Any]) -> N
     """Raises ConfigError where what a continued run learns from, or begins with, is no longer what it was."""
     then = (run.former or {}).get("fingerprints", {})
     changed = sorted(name for name in then if name in fingerprints and then[name] != fingerprints[name])
-    lines = [f"{name}: it has changed since this run began" for name in changed]
+    sources = ", ".join((run.former or {}).get("sources", {}))
+    names = {"train": f"the training rows ({sources})", "test": f"the held-out rows ({sources})", "model": "the model"}
+    names |= {"tokenizer": "the tokenizer", "chat_template": "the chat template"}
+    lines = [f"{names.get(name, name)}: not what it was when this run began" for name in changed]
     if changed and accepts == "refuse":
         raise ConfigError("\n".join([*lines, MENDS]))
     print("".join(f"{line} (resume_changes=accept)\n" for line in lines), end="")
@@ -171,6 +213,7 @@ def stop_if_finished(run: runs.Run) -> None:
     for directory in alike(run.record["config_hash"], runs.ROOT / run.record["name"]):
         record = runs.read(directory)
         equal = record.get("fingerprints", {}).items() >= run.record["fingerprints"].items()
+        equal = equal and (record["status"] != "completed" or (directory / "model").is_dir())
         if directory.resolve() != run.directory.resolve() and record["status"] in ("completed", "diverged") and equal:
             if not again(directory, record):
                 raise runs.Finished(directory)
@@ -193,6 +236,10 @@ def pin_parent(cfg: DictConfig) -> dict[str, str] | None:
     if cfg.model.from_run is None:
         return None
     directory = resolve(str(cfg.model.from_run), completed=True).resolve()
+    if not (directory / "model").is_dir():
+        raise ConfigError(
+            f"model.from_run={cfg.model.from_run}: the final model of this run, {directory}/model, is gone"
+        )
     parent = runs.read(directory)
     if parent["model"] != cfg.model.name_or_path:
         raise ConfigError(

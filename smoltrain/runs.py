@@ -69,17 +69,24 @@ class Finished(Exception):
         self.directory = directory
 
 
+TWICE = 1.0  # seconds within which two signals are one
+
+
 class Stop:
     """A signal that asks a run to stop: at once, but within training once its step is done and saved.
 
-    `waits` says that training is under way, `asked` is the signal that came. A second one does not wait.
+    `waits` says that training is under way, `asked` is the signal that came. A second one does not wait; one that
+    comes with it is the same, for what ends a process may signal its group too.
     """
 
     waits = False
     asked: str | None = None
+    when = 0.0
 
     def ask(self, name: str) -> None:
-        at_once = self.asked or not self.waits
+        if self.asked and self.waits and time.monotonic() - self.when < TWICE:
+            return
+        at_once, self.when = self.asked or not self.waits, time.monotonic()
         self.asked = name  # an exception that a destructor happens to get is lost: then the next step ends the run
         if at_once:
             raise Interrupted(f"interrupted by {name}")
@@ -186,15 +193,18 @@ class Run:
         for watcher in self.watchers:
             watcher.on_run_end(self)
 
-    def rewind(self, manifest: dict[str, Any] | None) -> None:
-        """Goes back to a checkpoint, or to the start: what was logged after it will be logged again."""
+    def rewind(self, manifest: dict[str, Any] | None, changed: dict[str, list[Any]]) -> None:
+        """Goes back to a checkpoint, or to the start: what was logged after it will be logged again.
+
+        `changed` is what its config says otherwise from now on, by key the old value and the new one.
+        """
         manifest = manifest or {"step": 0, "metrics_bytes": 0, "config_hash": self.record["config_hash"]}
         file = self.directory / "metrics.jsonl"
         if file.exists():
             os.truncate(file, manifest["metrics_bytes"])
         if manifest["step"] == 0:
             self.record["metrics"] = {}
-        again = {"step": manifest["step"], "at": now(), "config_hash": manifest["config_hash"]}
+        again = {"step": manifest["step"], "at": now(), "config_hash": manifest["config_hash"], "changed": changed}
         self.note(steps=manifest["step"], resumed=[*self.record["resumed"], again])
 
     def note(self, **facts: Any) -> None:

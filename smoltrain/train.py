@@ -55,7 +55,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
     resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])
-    start = resume.Start.of(run, cfg.resume_changes)
+    start = resume.Start.of(run, cfg.resume_changes, found.steps)
     report.data(run)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]

@@ -40,7 +40,7 @@ def test_what_differs_is_said(smoltrain, capfd):
     code, said, err = repeated(capfd, str(run))
     assert code == 1 and "metrics  differ from step 0 on: eval_" in said and "weights  differ in 1 of 1 files" in said
     assert "trainer.args.learning_rate=0.002, as it was: today it would be 0.001" in err
-    assert "versions torch: 2." in err and ", and then 1.0" in err and "fingerprints train: " in err
+    assert "versions torch: 2." in err and " now, 1.0 then" in err and "fingerprints train: " in err
     new = next(read(file.parent) for file in ROOT.glob("*/*/run.json") if file.parent.resolve() != run)
     assert new["config"]["trainer"]["args"]["learning_rate"] == 0.002
 
