@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,6 +25,7 @@ from smoltrain.config.compose import compose
 from smoltrain.config.resolvers import register
 
 register()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell's background jobs, and all they start, ignore
 atexit.register(shutil.rmtree, os.environ["HF_DATASETS_CACHE"])
 
 QUICK = (

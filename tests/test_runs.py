@@ -149,7 +149,8 @@ def test_an_interrupted_run_is_preempted(forked, folder, sign):
     assert (code, record["status"], record["error"]) == (143, "preempted", ended)
     assert record["steps"] >= 10 and not (file.parent / "model").exists()
     report = file.with_name("report.md").relative_to(folder)
-    last = f"preempted at step {record['steps']} of 9999; the same command goes on; report {report}"
+    saved = f"preempted at step {record['steps']} of 9999; the same command goes on from checkpoint-{record['steps']}"
+    last = f"{saved}; report {report}"
     assert life.stderr.splitlines()[-1] == last
 
 

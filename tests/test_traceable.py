@@ -16,7 +16,7 @@ from smoltrain.config.compose import COMPOSING, composed
 from smoltrain.config.groups import defaults
 from smoltrain.config.origins import Setting, origins
 from smoltrain.explain import scalar
-from smoltrain.runs import this_process
+from smoltrain.runs import hold, this_process
 
 OPTIONS = [f"{g}={f.stem}" for g in defaults() for f in sorted((CONF / g).glob("*.yaml")) if f.stem != BASE]
 
@@ -401,7 +401,8 @@ def test_diff_of_runs(said, record):
     assert said("diff", str(third), "trainer.args.learning_rate=0.1").endswith("equal: config")
     assert "3 runs begin so" in said("diff", "2026", "one", code=2)
     assert "no completed run" not in said("diff", "latest", "latest")
-    record("three/20260104-000000-dddd", status="running", process=this_process())
+    fourth = record("three/20260104-000000-dddd", status="running", process=this_process())
+    hold(fourth)
     assert "has not ended" in said("diff", "three", "one", code=2)
 
 
