@@ -4,7 +4,6 @@ Imports nothing heavy: help, `--cfg job`, completion and config errors answer in
 """
 
 import contextlib
-import gc
 import json
 import os
 import signal
@@ -117,6 +116,10 @@ def run(verb: str, arguments: list[str]) -> int:
         from smoltrain.history import history
 
         return history(arguments)
+    if verb == "sweep":  # nor does this
+        from smoltrain.sweep.answer import answer
+
+        return answer(arguments)
     from smoltrain.config.resolvers import register, stamp
     from smoltrain.config.targets import allowing
 
@@ -155,12 +158,15 @@ def dispatch(verb: str, arguments: list[str]) -> int:
 
         return launch(arguments, start=train)
     if verb == "dashboard":
+        from smoltrain.sweep.answer import overlay
+
+        if len(arguments) > 1 or any(argument.startswith("-") for argument in arguments):
+            raise ConfigError(f"smoltrain dashboard takes at most one sweep, not {' '.join(arguments)}")
+        query = overlay(arguments[0]) if arguments else ""
         from smoltrain.tracking import dashboard
 
-        if arguments:
-            raise ConfigError(f"smoltrain dashboard takes no arguments, not {' '.join(arguments)}")
         with contextlib.suppress(KeyboardInterrupt):
-            dashboard()
+            dashboard(query)
         return 0
     return train(arguments)
 
@@ -205,82 +211,39 @@ def check(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Hydra composes, then `smoltrain.train.main` runs: once, or with -m once for each combination."""
+    """Hydra composes, then `smoltrain.train.main` runs: once, or in a sweep once for each trial, in its own process."""
     import hydra
-    from hydra.core.hydra_config import HydraConfig
 
     from smoltrain.config.compose import COMPOSING, explain, guard
-    from smoltrain.config.overrides import quoted
-    from smoltrain.runs import STOP, Diverged, Finished, discard, give_back, read, worst
+    from smoltrain.runs import give_back
+    from smoltrain.sweep import asked_for
 
-    own = os.getpid()
+    listen()
+    exits: list[int] = []
 
-    def interrupt(number: int, frame: Any) -> None:
-        if os.getpid() == own:
-            STOP.ask(signal.Signals(number).name)
-        elif not loads_batches():  # a worker that prepares rows, forked from here: nobody awaits its exception
-            os._exit(128 + number)
-
-    # SIGTERM, and a terminal that goes, end a run as Ctrl+C does: the record says preempted, the exit code is 143.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs have it
-            signal.signal(number, interrupt)
-    exits = []
-
-    def task(cfg):
-        from smoltrain.report import ending
-        from smoltrain.train import main
-
-        exits.append(1)  # any other exception ends the process, after the rest of the sweep
-        directory = Path(HydraConfig.get().runtime.output_dir)
-        untouched = not (directory / "run.json").exists()
-        STOP.waits, STOP.asked = False, None
-        try:
-            objective = main(cfg)
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            exits[-1] = 2
-            if untouched:
-                discard(directory)
-            return worst(cfg.objective)
-        except Diverged as error:
-            print(f"{error}\n{ending(directory)}", file=sys.stderr)
-            exits[-1] = 3
-            return worst(cfg.objective)
-        except Finished as error:
-            discard(directory)
-            record = read(error.directory)
-            exits[-1] = 3 if record["status"] == "diverged" else 0
-            return record["objective"] if exits[-1] == 0 else worst(cfg.objective)
-        except BaseException:
-            if (directory / "run.json").exists():
-                print(ending(directory), file=sys.stderr)
-            raise
-        finally:
-            gc.collect()  # a sweep's next run finds the memory free
-        exits[-1] = 0
+    def task(cfg: "DictConfig") -> float:
+        exits.append(1)  # an exception that passes through ends the process
+        exits[-1], objective = attempt(cfg)
         return objective
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing and exiting
     flags, overrides = split(arguments)
     try:
         check_flags(flags)
-        if any(o.startswith("resume=") for o in overrides) and not {"-m", "--multirun"} & set(flags):
-            from smoltrain.resume import with_its_own
+        looked_at = {"--cfg", "-c", "--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}
+        if asked_for(flags, overrides) and not looked_at:
+            from smoltrain.sweep.sweeper import prepared
 
-            overrides, flags = with_its_own(overrides, flags)
-        if {"--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}:
+            flags, overrides = prepared(flags, overrides)
+        elif {"--info", "-i", "--hydra-help"} & looked_at:
             guard(overrides, [*flags, *overrides])
-        else:
-            cfg = check_every_run(overrides, flags)
-            if cfg is not None and not {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
-                from smoltrain.resume import continued
+        elif asked_for(flags, overrides):
+            from smoltrain.sweep.space import Space
 
-                if directory := continued(cfg, overrides):
-                    overrides = [o for o in overrides if not o.startswith("hydra.run.dir=")]
-                    overrides.append(f"hydra.run.dir={quoted(str(directory))}")
-        if {"-m", "--multirun"} & set(flags):
-            overrides += label_by_what_varies(overrides)
+            space = Space.of(flags, overrides)  # of a sweep, the config of its first trial is looked at
+            flags, overrides = space.flags, space.first.overrides
+        else:
+            overrides, flags = continuing(overrides, flags, looked_at)
         sys.argv = ["smoltrain", *flags, *overrides]
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
     except ConfigError:
@@ -292,7 +255,78 @@ def train(arguments: list[str]) -> int:
         raise ConfigError(said) from error
     finally:
         give_back()
+    if "-m" in flags and not looked_at:
+        from smoltrain.sweep.sweeper import answered
+
+        return answered()
     return max(exits, default=0)
+
+
+def continuing(overrides: list[str], flags: list[str], looked_at: set[str]) -> tuple[list[str], list[str]]:
+    """A run's command line, checked, and led to the directory of the run that it goes on with."""
+    from smoltrain.config.compose import compose
+    from smoltrain.config.overrides import quoted
+
+    if any(override.startswith("resume=") for override in overrides):
+        from smoltrain.resume import with_its_own
+
+        overrides, flags = with_its_own(overrides, flags)
+    cfg = compose(overrides, [*flags, *overrides])
+    if not looked_at:
+        from smoltrain.resume import continued
+
+        if directory := continued(cfg, overrides):
+            overrides = [o for o in overrides if not o.startswith("hydra.run.dir=")]
+            overrides.append(f"hydra.run.dir={quoted(str(directory))}")
+    return overrides, flags
+
+
+def listen() -> None:
+    """Ends what this process runs as Ctrl+C does when it gets SIGTERM or SIGINT, or its terminal goes."""
+    from smoltrain.runs import STOP
+
+    own = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() == own:
+            STOP.ask(signal.Signals(number).name)
+        elif not loads_batches():  # a worker that prepares rows, forked from here: nobody awaits its exception
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and a shell's background jobs have it
+            signal.signal(number, interrupt)
+
+
+def attempt(cfg: "DictConfig") -> tuple[int, float]:
+    """Runs a composed config; says how it ended as an exit code, and what a sweeper is to know of it."""
+    from hydra.core.hydra_config import HydraConfig
+
+    from smoltrain.report import ending
+    from smoltrain.runs import STOP, Diverged, Finished, discard, read, worst
+    from smoltrain.train import main
+
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    untouched = not (directory / "run.json").exists()
+    STOP.waits, STOP.asked = False, None
+    try:
+        return 0, main(cfg)
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        if untouched:
+            discard(directory)
+        return 2, worst(cfg.objective)
+    except Diverged as error:
+        print(f"{error}\n{ending(directory)}", file=sys.stderr)
+        return 3, worst(cfg.objective)
+    except Finished as error:
+        discard(directory)
+        record = read(error.directory)
+        return (3, worst(cfg.objective)) if record["status"] == "diverged" else (0, record["objective"])
+    except BaseException:
+        if (directory / "run.json").exists():
+            print(ending(directory), file=sys.stderr)
+        raise
 
 
 def split(arguments: list[str]) -> tuple[list[str], list[str]]:
@@ -342,41 +376,6 @@ def check_flags(flags: list[str]) -> None:
 def loads_batches() -> bool:
     """Whether this process is one that a DataLoader made; that ends with the process that trains, and not before."""
     return "torch" in sys.modules and sys.modules["torch"].utils.data.get_worker_info() is not None
-
-
-def check_every_run(overrides: list[str], flags: list[str]) -> "DictConfig | None":
-    """Composes and checks the run, or every combination of a grid, before anything starts or is written anywhere.
-
-    Returns the config where there is one.
-    """
-    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-    from hydra.core.override_parser.types import Glob
-
-    from smoltrain.config.compose import compose, guard
-    from smoltrain.config.overrides import read
-
-    parsed = [found for override in overrides if (found := read(override))]
-    if globbed := [o.input_line for o in parsed if isinstance(o._value, Glob)]:
-        raise ConfigError(f"{globbed[0]}: name the options, separated by commas")
-    if not {"-m", "--multirun"} & set(flags) or len(parsed) < len(overrides):
-        return compose(overrides, [*flags, *overrides])
-    if any(override.startswith("hydra/sweeper") for override in overrides):  # it chooses values on the way
-        guard([o.input_line for o in parsed if o.input_line and not o.is_sweep_override()], [*flags, *overrides])
-    else:
-        for batch in BasicSweeper.split_arguments(parsed, None):
-            for one in batch:
-                if (cfg := compose(one, [*flags, *overrides])).resume not in ("auto", "never"):
-                    raise ConfigError(f"resume={cfg.resume}: one run goes on at a time; name it without -m")
-    return None
-
-
-def label_by_what_varies(overrides: list[str]) -> list[str]:
-    """The override that keeps what all runs of a sweep share out of the names of their directories."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    shared = [f"'{o.key_or_group}'" for o in parsed if not o.is_sweep_override() and o.key_or_group]
-    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(shared)}]"] if shared else []
 
 
 if __name__ == "__main__":

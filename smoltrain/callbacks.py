@@ -90,8 +90,8 @@ class Checkpoints(RunCallback):
     takes to write it. The oldest ones go when a newer one is sealed.
     """
 
-    def __init__(self, trainer: Any, run: Run, checkpoint: Path | None):
-        self.trainer, self.run, self.checkpoint = trainer, run, checkpoint
+    def __init__(self, trainer: Any, run: Run, checkpoint: Path | None, pause_at: int | None):
+        self.trainer, self.run, self.checkpoint, self.pause_at = trainer, run, checkpoint, pause_at
         trainer.before_best = self.refuse_damaged_best
         self.limit = trainer.args.save_total_limit
         trainer.args.save_total_limit = None  # transformers would remove the last sealed one before the next is there
@@ -107,20 +107,28 @@ class Checkpoints(RunCallback):
             if state.best_model_checkpoint:  # by its name, for a run may have been moved
                 state.best_model_checkpoint = str(self.run.directory / Path(state.best_model_checkpoint).name)
             self.restore(torch.load(self.checkpoint / STATE, weights_only=True))
+            self.trainer.ended = self.trainer.ended or self.paused(state)  # it is there already
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked(args, control)
+        self.asked(args, state, control)
         self.postpone(state, control)
         self.before_saving(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.asked(args, control)
+        self.asked(args, state, control)
         self.postpone(state, control)
         self.before_saving(state, control)
 
-    def asked(self, args: Any, control: Any) -> None:
-        """Saves, with all that it takes to go on, where a signal asks for it; training stops once that is done."""
-        if STOP.asked and STOP.waits:
+    def leaves(self, state: Any) -> bool:
+        """Whether training stops here, to go on later."""
+        return bool(STOP.asked and STOP.waits) or self.paused(state)
+
+    def paused(self, state: Any) -> bool:
+        return self.pause_at is not None and self.pause_at <= state.global_step < state.max_steps
+
+    def asked(self, args: Any, state: Any, control: Any) -> None:
+        """Saves, with all that it takes to go on, before training stops where it is to go on later."""
+        if self.leaves(state):
             control.should_save, args.save_only_model = True, False
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -137,12 +145,12 @@ class Checkpoints(RunCallback):
         Resumed from there, the next epoch begins, and nobody would do it any more.
         """
         over = control.should_training_stop or state.epoch == int(state.epoch)
-        if control.should_save and over and not (self.ending or STOP.asked):
+        if control.should_save and over and not (self.ending or self.leaves(state)):
             control.should_save, self.due = False, True
 
     def before_saving(self, state: Any, control: Any) -> None:
         """What is saved already is not written over; where a disk has no room, nothing is begun."""
-        if STOP.asked and STOP.waits and self.saved == state.global_step:
+        if self.leaves(state) and self.saved == state.global_step:
             control.should_training_stop = True
         control.should_save = control.should_save and self.saved != state.global_step
         if control.should_save:
@@ -165,7 +173,7 @@ class Checkpoints(RunCallback):
         self.finish()
         folder = self.run.directory / f"checkpoint-{state.global_step}"
         torch.save(self.state(), folder / STATE)
-        control.should_training_stop = control.should_training_stop or bool(STOP.asked)
+        control.should_training_stop = control.should_training_stop or self.leaves(state)
         self.saved = state.global_step
         metrics = self.run.directory / "metrics.jsonl"
         facts = {

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,8 @@ from smoltrain import budget, report, runs
 from smoltrain.config import plain
 from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
-from smoltrain.lines import duration, size
+from smoltrain.lines import duration, size, some
 from smoltrain.preflight import Preflight, preflight, remarks
-from smoltrain.report import some
 
 SAMPLES = 3
 LINES = 12  # of a sample
@@ -250,11 +249,12 @@ def one_step(cfg: DictConfig, found: Preflight, parameters: int, longest: int) -
     data = found.data
     with tempfile.TemporaryDirectory() as folder:
         cfg.trainer.args.output_dir = folder
+        rows = size = found.args.per_device_train_batch_size
+        if not getattr(found.args, "packing", False):  # else each is as long as can be
+            longest_rows = data.train.select(np.argsort(-data.lengths, kind="stable")[:size])
+            found = replace(found, data=replace(data, train=longest_rows, test=data.test.select([0])))
         trainer = build(cfg, found, [])
-        rows = size = trainer.args.per_device_train_batch_size
-        order = np.argsort(-data.lengths, kind="stable")
-        if len(trainer.train_dataset) != len(order):  # packed: each is as long as can be
-            order = np.arange(len(trainer.train_dataset))
+        order = np.arange(len(trainer.train_dataset))
         inputs = collated(trainer, order[:rows], longest)
         width = length = max(value.shape[1] for value in inputs.values() if value.ndim == 2)
         if trainer.args.device.type == "cpu":

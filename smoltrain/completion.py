@@ -316,6 +316,21 @@ def kept_runs(words: list[str], typed: str, statuses: tuple[str, ...] = ()) -> l
     return [Offer(name, about) for name, about in found.items()]
 
 
+def kept_sweeps(words: list[str], typed: str) -> list[Offer]:
+    """The sweeps that are kept here, as `sweep.record.resolve` takes them, the last first."""
+    from smoltrain.runs import ROOT
+    from smoltrain.sweep.record import sweeps
+
+    found: dict[str, str] = {}
+    for directory in sweeps():
+        name, _, stamp = str(directory.relative_to(ROOT)).rpartition("/")
+        found.setdefault("latest", f"the last of them, {name}/{stamp}")
+        if name:
+            found.setdefault(name, f"the last of them, {stamp}")
+        found.setdefault(stamp, "")
+    return [Offer(name, about) for name, about in found.items()]
+
+
 def experiments_and_runs(words: list[str], typed: str) -> list[Offer]:
     """What can be compared."""
     return [Offer(*item) for item in options("experiment", words).items()] + finished_runs(words, typed)
@@ -351,6 +366,7 @@ KINDS: dict[str, Callable[..., list[Offer]]] = {
     "A": experiments_and_runs,
     "B": experiments_and_runs,
     "RUN": kept_runs,
+    "SWEEP": kept_sweeps,
     "FILE": files,
     "FOLDER": partial(files, only_folders=True),
     "NAME": nothing,

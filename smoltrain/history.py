@@ -34,7 +34,9 @@ from smoltrain.lines import (
     padded,
     say,
     scalar,
+    short,
     size,
+    some,
     spaced,
     span,
 )
@@ -303,7 +305,9 @@ def parsed(look: str, arguments: list[str], valued: str = "") -> tuple[list[str]
             if not value:
                 raise ConfigError(f"{valued}: it needs a value")
         elif argument.startswith("-"):
-            raise ConfigError(f"smoltrain {look} takes no {argument}; smoltrain runs --help says what it takes")
+            raise ConfigError(
+                f"smoltrain {look} takes no {argument}; smoltrain {look.split()[0]} --help says what it takes"
+            )
         else:
             given.append(argument)
     return given, as_json, value
@@ -503,7 +507,7 @@ def screen(run: Found, wide: int) -> list[Line]:
 
 def about(run: Found, wide: int) -> Iterator[tuple[str, list[str], str]]:
     """What is said of a run: a label, lines of text, and their style."""
-    from smoltrain.report import command, draws, lost, short, some, sources
+    from smoltrain.report import command, draws, lost, sources
 
     record, directory = run.record, run.directory
     of = f" of {record['max_steps']}" if record.get("max_steps") else ""

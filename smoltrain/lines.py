@@ -6,6 +6,7 @@ import re
 import sys
 from bisect import bisect_right
 from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 Line = tuple[tuple[str, str], ...]  # parts, each with its style
@@ -91,12 +92,22 @@ def measured(name: str, value: float | None) -> str:
     return f"{value:.1%}" if name == "exact_match" or name.endswith("accuracies") else f"{value:.4f}"
 
 
+def some(count: int, thing: str) -> str:
+    """A number of things: `1 row`, `1,200 rows`."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 def size(count: float) -> str:
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def short(path: Path) -> Path:
+    """A path as one would type it here: relative where it is below the current folder."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def duration(seconds: float) -> str:

@@ -371,7 +371,7 @@ def show_steps(console: Any, steps: list[dict[str, Any]]) -> None:
     from rich.text import Text
 
     from smoltrain.check import MARKS, STYLES, sample
-    from smoltrain.report import some
+    from smoltrain.lines import some
 
     coloured = console.color_system is not None
     roles = {part["role"]: None for step in steps for row in step["rows"] for part in row["segments"]}

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from smoltrain.data.encode import Chat
 from smoltrain.data.splits import FEW
 from smoltrain.data.templates import faults
 from smoltrain.evaluate import NOT_QUALITY, to_answer
-from smoltrain.report import some
+from smoltrain.lines import some
 
 LOOKED_AT = 20  # rows of each split whose training text is compared with their serving text
 LONGER = 1.2  # chosen replies so many times as long as rejected ones teach length
@@ -137,6 +138,7 @@ def without_device(use_cpu: bool) -> list[str]:
     return ["trainer.args.use_cpu=false, and this machine has no accelerator: choose hardware=cpu or auto"]
 
 
+@cache
 def source(trainer: type) -> str:
     """The text of a trainer's class and of TRL's classes that it extends."""
     return "".join(inspect.getsource(kind) for kind in trainer.__mro__ if kind.__module__.startswith("trl."))

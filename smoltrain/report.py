@@ -12,7 +12,7 @@ from rich.table import Table
 
 from smoltrain import runs
 from smoltrain.checkpoints import MANIFEST, all_of
-from smoltrain.lines import measured
+from smoltrain.lines import measured, short, some
 
 SAMPLES = 3
 SHOWN = 300  # letters of a text
@@ -166,11 +166,6 @@ def draws(sources: dict[str, Any]) -> list[str]:
     ]
 
 
-def some(count: int, thing: str) -> str:
-    """A number of things: `1 row`, `1,200 rows`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
-
-
 def summary(run: runs.Run, console: Console | None = None) -> None:
     """The table before and after, a few replies, and where to look next."""
     console = console or Console(highlight=False)
@@ -212,11 +207,6 @@ def ending(directory: Path) -> str:
 def progress(record: dict[str, Any]) -> str:
     """`40 of 125` steps; `0` where training has not begun."""
     return f"{record['steps']} of {record['max_steps']}" if record["max_steps"] else "0"
-
-
-def short(path: Path) -> Path:
-    """A path as one would type it here: relative where it is below the current folder."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
 
 
 def before_and_after(metrics: dict[str, float]) -> list[tuple[str, float | None, float | None]]:

@@ -16,6 +16,7 @@ from smoltrain.config import ConfigError, leaves, rules, shown
 from smoltrain.config.overrides import read
 from smoltrain.config.validate import resolved
 from smoltrain.history import every, opened, resolve
+from smoltrain.lines import short
 
 MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
 # What a continued run may change without a word: it is read anew, and what was learned so far does not hang on it.
@@ -50,8 +51,15 @@ def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
             return directory
         if status != "running":
             return None
-        print(f"{report.short(directory)}: this experiment is running there; another run of it begins", file=sys.stderr)
+        print(f"{short(directory)}: this experiment is running there; another run of it begins", file=sys.stderr)
     return None
+
+
+def claim_own(cfg: DictConfig, directory: Path, trial: bool) -> None:
+    """Goes on with an unfinished run of the same experiment where a sweep runs it again; any other stays as it is."""
+    same = runs.read(directory)["config_hash"] == runs.config_hash(resolved(cfg)[0], pin_parent(cfg))
+    if not (trial and same and runs.read(directory)["status"] in runs.UNFINISHED and runs.claim(directory)):
+        refuse_used(directory)
 
 
 def refuse_used(folder: Path) -> None:
@@ -59,7 +67,7 @@ def refuse_used(folder: Path) -> None:
     if (folder / "run.json").exists():
         status = runs.read(folder)["status"]
         raise ConfigError(f"hydra.run.dir={folder}: there is a run already, {status}; choose another directory")
-    if folder.is_dir() and (inside := sorted(path.name for path in folder.iterdir())):
+    if folder.is_dir() and (inside := sorted(p.name for p in folder.iterdir() if p.name != runs.LOG)):
         raise ConfigError(f"hydra.run.dir={folder}: it holds {inside[0]}; choose a directory that is new or empty")
 
 
@@ -183,7 +191,7 @@ class Start:
             print(f"{key}={shown(new)}: the continued run had {shown(old)} (resume_changes=accept)")
         run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None, changed)
         where = f"from {self.checkpoint.name}" if self.checkpoint else "from its start, for it has no checkpoint"
-        print(f"continues the {run.former['status']} run {report.short(run.directory)} {where}")
+        print(f"continues the {run.former['status']} run {short(run.directory)} {where}")
 
 
 def best_damaged(checkpoint: Path) -> str:

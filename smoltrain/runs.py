@@ -33,9 +33,11 @@ VERSIONS = ["smoltrain", "torch", "transformers", "tokenizers", "trl", "datasets
 VERSIONS += ["hydra-core", "omegaconf"]
 GREATER = ("exact_match", "accuracies", "accuracy", "margins", "chosen")  # endings of metrics that are to grow
 UNFINISHED = ("interrupted", "preempted", "failed")
+CODES = {"completed": 0, "failed": 1, "interrupted": 1, "running": 1, "diverged": 3, "preempted": 143}  # exit codes
 UNFINISHED_MODEL = "unfinished-model"  # a final model that is being written, or of a run that then was interrupted
 # What of a record stays when its run is continued.
-STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps")
+STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps", "paused")
+LOG = "log.txt"  # what a trial of a sweep prints
 LOCK = ".lock"  # held by the process of a run, for as long as the run is its own
 WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt", LOCK)
 DIRECTORY = "${hydra:runtime.output_dir}"  # in a config, where its run is kept
@@ -50,6 +52,7 @@ NOT_IDENTITY = (
     "data.workers",
     "resume",
     "resume_changes",
+    "pause_at",
 )
 
 
@@ -139,11 +142,12 @@ class Run:
             "process": this_process(),
             "resumed": [],
             "git": git_state(),
-            "versions": {"python": platform.python_version()} | {p: metadata.version(p) for p in VERSIONS},
+            "versions": versions(),
             "hardware": {"machine": platform.machine(), "system": platform.system(), "cpus": os.cpu_count()},
             "steps": 0,
             "max_steps": None,  # known when training begins
             "metrics": {},
+            "paused": {},  # by step at which it paused, what its objective was
             "objective": None,
             "error": None,
             "config": config,
@@ -229,6 +233,11 @@ def worst(objective: str) -> float:
     return -math.inf if objective.endswith(GREATER) else math.inf
 
 
+def called(directory: Path) -> str:
+    """What a run is called where all runs of a project lie side by side, in a tracker."""
+    return "/".join(directory.absolute().parts[-2:])
+
+
 def discard(directory: Path) -> None:
     """Removes what a run that never ran has written, and then what is empty of its directory, up to multirun."""
     for name in WRITTEN:
@@ -288,6 +297,12 @@ def config_hash(config: dict, parent: dict[str, str] | None, directory: Path | N
     if directory is not None:
         text = text.replace(json.dumps(str(directory))[1:-1], DIRECTORY)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """What is installed, of all that a result hangs on."""
+    return {"python": platform.python_version()} | {package: metadata.version(package) for package in VERSIONS}
 
 
 def own_folders() -> list[str]:

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import threading
+import webbrowser
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from transformers.integrations import rewrite_logs
 
 from smoltrain.callbacks import RunCallback
 from smoltrain.config import ConfigError
-from smoltrain.runs import ROOT, Run
+from smoltrain.runs import ROOT, Run, called
 
 
 def open_trackio() -> Any:
@@ -60,7 +62,7 @@ class Trackio(RunCallback):
         with contextlib.redirect_stdout(io.StringIO()), offline():  # its hints lack TRACKIO_DIR
             self.run = self.trackio.init(
                 project=self.project,
-                name="/".join(run.directory.parts[-2:]),
+                name=called(run.directory),
                 group=self.group,
                 config=flat | {"config": record["config"]},
                 embed=False,
@@ -82,11 +84,22 @@ class Trackio(RunCallback):
             self.trackio.finish()  # also ends what it would do again, aloud, when the process exits
 
 
-def dashboard() -> None:
-    """Opens Trackio's dashboard on this project's runs, until interrupted. Raises ConfigError where there is none."""
+def dashboard(overlay: str = "") -> None:
+    """Opens Trackio's dashboard on this project's runs, until interrupted. Raises ConfigError where there is none.
+
+    `overlay` is a query of its page that chooses among them, `?project=…&runs=…`.
+    """
     trackio = open_trackio()
     folder = Path(os.environ["TRACKIO_DIR"])
     if not any(folder.glob("*.db")):
         raise ConfigError(f"{folder}: no run is tracked there yet; make one with `smoltrain`, then look again")
     print(f"Runs in {folder}; stop with Ctrl+C")
-    trackio.show(project="smoltrain")
+    if not overlay:
+        trackio.show(project="smoltrain")
+        return
+    with contextlib.redirect_stdout(io.StringIO()):  # it names the page of all runs
+        _, url, _, _ = trackio.show(project="smoltrain", open_browser=False, block_thread=False)
+    link = f"{url.rstrip('/')}/{overlay}"
+    print(link, flush=True)
+    webbrowser.open(link)
+    threading.Event().wait()

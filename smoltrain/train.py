@@ -26,7 +26,7 @@ def main(cfg: DictConfig) -> float:
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     if (directory / "run.json").exists() and directory.resolve() not in runs.CLAIMED:
-        resume.refuse_used(directory)
+        resume.claim_own(cfg, directory, hydra.mode == RunMode.MULTIRUN)
     choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
     with runs.Run(directory, cfg, choices, overrides, parent, report.write) as run, explained(run.directory, run.args):
@@ -62,7 +62,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
-    finite, saving = watch(trainer, run, start.checkpoint)
+    finite, saving = watch(trainer, run, start.checkpoint, cfg.pause_at)
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)
     start.go_back(run)
@@ -78,7 +78,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
             metrics={f"before/{name}": value for name, value in before.items()},
             samples=report.samples(rows, replies),
         )
-    set_seed(cfg.seed)  # a reference that is computed draws random numbers, one that is found in the cache draws none
+    set_seed(cfg.seed)  # a run that goes on has not drawn what the evaluation before training draws
     try:
         trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
     finally:
@@ -86,6 +86,10 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     if runs.STOP.asked:
         raise runs.Interrupted(f"interrupted by {runs.STOP.asked}, saved at step {trainer.state.global_step}")
     after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
+    if saving.paused(trainer.state):
+        step = trainer.state.global_step
+        run.note(paused=run.record["paused"] | {str(step): after[cfg.objective]})
+        raise runs.Interrupted(f"paused at step {step} (pause_at={cfg.pause_at})")
     finite.look_at_weights(trainer.state.global_step)
     save(trainer, run.directory / "model")
     if found.streamed:  # what became of its rows is known only now
@@ -99,11 +103,11 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     )
 
 
-def watch(trainer: Any, run: runs.Run, checkpoint: Path | None) -> tuple[Any, Any]:
+def watch(trainer: Any, run: runs.Run, checkpoint: Path | None, pause_at: int | None) -> tuple[Any, Any]:
     """Adds, and returns, what stops a run that diverges and what makes its checkpoints ones to trust."""
     from smoltrain.callbacks import Checkpoints, Finite
 
-    finite, saving = Finite(trainer), Checkpoints(trainer, run, checkpoint)
+    finite, saving = Finite(trainer), Checkpoints(trainer, run, checkpoint, pause_at)
     trainer.add_callback(finite)
     trainer.add_callback(saving)
     return finite, saving

@@ -1,4 +1,4 @@
-"""What TRL's trainers lack: taking rows that are tokens already, and weighing what is learned."""
+"""What TRL's trainers lack: taking rows that are tokens already, sharing a reference, and weighing what is learned."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,6 +9,8 @@ import torch
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from smoltrain.config import ConfigError
+from smoltrain.data.cache import alone
+from smoltrain.reference import ahead
 
 
 def given_tokens(trainer: partial) -> partial:
@@ -26,8 +28,12 @@ def given_tokens(trainer: partial) -> partial:
     class Given(trainer.func):  # type: ignore[name-defined]
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
             if rest[0] is True:  # `packing`, which only SFTTrainer passes: TRL packs rows that are tokens too
-                return super()._prepare_dataset(dataset, processing_class, args, *rest)
+                with alone(f"packed-{dataset._fingerprint}-{args.max_length}", "packing the same rows"):
+                    return super()._prepare_dataset(dataset, processing_class, args, *rest)
             return dataset.shuffle(seed=args.seed) if getattr(args, "shuffle_dataset", False) else dataset
+
+        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
+            return ahead(self, dataset, batch_size, partial(super()._precompute_ref_logps, dataset, name, batch_size))
 
         def _get_train_sampler(self, *dataset: Any) -> Any:
             sampler = super()._get_train_sampler(*dataset)

@@ -107,6 +107,21 @@ smoltrain runs [show|compare|rows RUN…]: all runs of this folder, one, or seve
 
 Exit codes: 0 shown, 2 trouble.
 """,
+    "sweep": """\
+smoltrain sweep SWEEP: what came of a sweep, while it runs and after
+
+  A table of what was varied and what came out, the best first; what diverged or failed is marked and never ranked.
+  Over seeds the mean and its 95 % confidence interval, each configuration against the best seed by seed, and which
+  cannot be told from it; the mean by each key. All of it and a picture go to results.csv, results.json and sweep.png in
+  the sweep's directory.
+
+  SWEEP is a sweep's directory, name (the newest of that name) or stamp, the beginning of one, or latest. It is started
+  by smoltrain -m trainer=sft,dpo seed=1,2,3.
+
+  --json               the same as JSON, and no file is written
+
+Exit codes: 0 shown, 2 trouble.
+""",
     "launch": """\
 smoltrain launch: choose interactively; prints the command it stands for
 
@@ -115,9 +130,9 @@ smoltrain launch: choose interactively; prints the command it stands for
   --config-dir FOLDER  YAML files of your own, as choices beside ours
 """,
     "dashboard": """\
-smoltrain dashboard: the curves of all runs of this folder, in a browser
+smoltrain dashboard [SWEEP]: the curves of all runs, or of one sweep, in a browser
 
-  Opens Trackio on multirun/trackio, until Ctrl+C.
+  Opens Trackio on multirun/trackio of this folder, until Ctrl+C; with a SWEEP on its runs and no others.
 """,
     "completion": """\
 smoltrain completion SHELL: completion with Tab, for bash, zsh or fish
@@ -141,7 +156,9 @@ SETTABLE: tuple[str, ...] = (
     "hydra.searchpath",
     "hydra.verbose",
 )
-SETTABLE += ("hydra/launcher", "hydra/sweeper", "hydra.launcher.…", "hydra.sweeper.…")
+SETTABLE += ("hydra/launcher", "hydra.launcher.…")
+
+TOGETHER = {"sweep": "how the trials of a sweep are chosen"}  # groups of which one line is enough
 
 EXAMPLES = """\
 Examples
@@ -150,10 +167,8 @@ Examples
   smoltrain trainer.args.learning_rate=5e-4 seed=1     any field of the trainer's config class
   smoltrain -m trainer=sft,dpo seed=1,2                four runs
   smoltrain --config-dir my_conf experiment=mine       with YAML files of your own
-  smoltrain --cfg job trainer=dpo                      print the config that would run
 
-More of a verb: smoltrain check --help
-Completion with Tab: smoltrain completion
+More of a verb: smoltrain check --help. Completion with Tab: smoltrain completion
 """
 
 
@@ -178,6 +193,10 @@ def overview(arguments: list[str]) -> str:
     lines += [f"  {usage:{wide}}{text}" for usage, text in map(summary, VERBS)]
     lines += ["", "Overrides are key=value or group=option; a group's first is its default (peft, experiment: none)"]
     for group in defaults():
+        if group in TOGETHER:
+            choices = f"{group}={'|'.join(options(group, arguments))}"
+            lines.append(f"  {choices:40}{TOGETHER[group]}")
+            continue
         lines += [f"  {f'{group}={option}':30}{text}" for option, text in options(group, arguments).items()]
     lines += ["", *EXAMPLES.splitlines()]
     width = shutil.get_terminal_size().columns if sys.stdout.isatty() else max(map(len, lines))

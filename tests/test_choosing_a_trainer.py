@@ -197,7 +197,7 @@ def test_a_sweep_makes_four_labelled_runs(smoltrain):
         (f"trl.{t}Trainer", seed) for t in ("SFT", "DPO") for seed in (1, 2)
     ]
     names = [r["directory"].name for r in records]
-    assert names == ["0_seed-1_trainer-sft", "1_seed-2_trainer-sft", "2_seed-1_trainer-dpo", "3_seed-2_trainer-dpo"]
+    assert names == ["0_trainer-sft_seed-1", "1_trainer-sft_seed-2", "2_trainer-dpo_seed-1", "3_trainer-dpo_seed-2"]
     assert len({r["directory"].parent for r in records}) == 1
     assert compose([f"model.from_run={records[2]['directory']}"], []).model.from_run == str(records[2]["directory"])
     assert len({r["config_hash"] for r in records}) == 4

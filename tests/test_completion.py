@@ -121,7 +121,7 @@ def test_the_first_word_may_be_a_verb_a_group_or_a_key():
         (["show", "--al"], ["--allow"]),
         (["trainer.args.bf16="], [f"trainer.args.bf16={value}" for value in ("null", "true", "false")]),
         (["hyd"], ["hydra."]),
-        (["hydra.sw"], ["hydra.sweep.dir=", "hydra.sweep.subdir=", "hydra.sweeper."]),
+        (["hydra.sw"], ["hydra.sweep.dir=", "hydra.sweep.subdir="]),
         (["hydra.job"], []),
         (["+hydra."], []),
         (["~hydra."], []),

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def undisturbed(lives, tmp_path_factory):
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_signal_ends_a_run_in_any_phase_and_the_same_command_goes_on(forked, folder, undisturbed, phase, number):
     slow, training, more = PHASES[phase]
-    life = forked(*FEW, *more, code=f"{SLOWED}{slow}\n{RUN}")
+    env = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}  # in which no reference is found
+    life = forked(*FEW, *more, code=f"{SLOWED}{slow}\n{RUN}", env=env)
     life.until("HERE")
     life.kill(number)
     assert life.wait() == 143, life.stderr
@@ -97,7 +99,7 @@ def test_a_signal_ends_a_run_in_any_phase_and_the_same_command_goes_on(forked, f
     assert not (run / "model").exists() and "Traceback" not in life.stderr
     if training:
         assert (run / f"checkpoint-{record['steps']}" / "manifest.json").exists() and "saved at step" in record["error"]
-    again = forked(*FEW, *more)
+    again = forked(*FEW, *more, env=env)
     assert again.wait() == 0, again.stderr
     assert f"continues the preempted run {run.relative_to(folder)} from" in again.stdout
     assert read(only_run(folder))["status"] == "completed" and equal(run, undisturbed(*more))

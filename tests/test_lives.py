@@ -119,9 +119,13 @@ def test_runs_are_bit_for_bit_what_they_are_in_a_fresh_process(forked, folder):
     assert life.wait() == 0, life.stderr
 
     def timeless(text: str) -> list[str]:
-        return [line for line in text.splitlines() if not re.search(r"multirun/|completed in|\[HYDRA\]", line)]
+        told = [line for line in text.splitlines() if not re.search(r"multirun/|completed; in|^default ", line)]
+        return sorted(re.sub(r"^\[\d/2\] |  \(.*\)$", "", line) for line in told)
 
     assert timeless(life.stdout) == timeless(real.stdout) and life.stderr == real.stderr
+    for real_log, log in zip(*(sorted((folder / name).glob("**/log.txt")) for name in ("real", "life")), strict=True):
+        logs = [re.sub(r"completed in.*|multirun/\S+", "", file.read_text()) for file in (real_log, log)]
+        assert logs[0] == logs[1] and "loss" in logs[0]
     assert made(folder / "life") == made(folder / "real")
 
 

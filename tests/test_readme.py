@@ -8,7 +8,7 @@ import pytest
 
 from smoltrain.__main__ import main
 from smoltrain.config import plain
-from smoltrain.config.compose import compose
+from smoltrain.config.compose import compose, composed
 from smoltrain.config.groups import options
 from smoltrain.config.overrides import spelled_out
 from smoltrain.data import sums
@@ -27,10 +27,12 @@ BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
 COMMANDS = [shlex.split(line, comments=True)[1:] for block in BLOCKS for line in block.strip().splitlines()]
 CELLS = [shlex.split(cell)[1:] for cell in re.findall(r"`(smoltrain [^`]*)`", README) if not set("…>") & set(cell)]
 EXPLAIN = (["why"], ["show"], ["diff"])
-OF_RUNS = (["runs"], ["reproduce"])
+OF_RUNS = (["runs"], ["reproduce"], ["sweep"])
 VERBS = (["check"], ["launch"], ["dashboard"], ["--help"], *EXPLAIN, *OF_RUNS)
 GO_ON = [c for c in COMMANDS if any(a.startswith("resume=multirun/") for a in c)]
-RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c and c not in GO_ON]
+BEYOND = [c for c in COMMANDS if any(a.startswith("hydra/launcher=") for a in c)]  # which test_cluster runs
+SEARCH = [c for c in COMMANDS if any(a.startswith("sweep=") for a in c)]
+RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c and c not in [*GO_ON, *SEARCH, *BEYOND]]
 CHECK = [c for c in COMMANDS if c[:1] == ["check"]]
 LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] in (["--help"], *EXPLAIN) or "--cfg" in c]
 
@@ -73,6 +75,27 @@ def test_a_training_command_trains(newcomer, smoltrain, command):
     code = main([*flags, *folder, *given, *quick, *small])
     assert code == 0
     assert len(list(newcomer.glob("multirun/**/run.json"))) >= (4 if flags else 1)
+
+
+@pytest.mark.parametrize("command", SEARCH, ids=" ".join)
+def test_a_search_ends_in_a_table(newcomer, capsys, command):
+    """Of two trials, or steps, where README's has twenty or more."""
+    few = {"sweep.trials=20": "sweep.trials=2", "trainer.args.max_steps=64": "trainer.args.max_steps=4"}
+    given = [few.get(a, a) for a in command]
+    given += [] if any("max_steps" in a for a in given) else ["trainer.args.max_steps=1"]
+    quick = ["evaluation.max_rows=2", "evaluation.max_new_tokens=2", "tracking=none", "data.train_rows=16"]
+    assert main([*given, *quick, "data.test_rows=8"]) == 0
+    assert re.search(r"^1 +[\d.e-]+ +[\d.]+ .*best$", capsys.readouterr().out, re.MULTILINE)
+    assert ["sweep", "latest"] in COMMANDS and main(["sweep", "latest"]) == 0
+    assert "1 completed" in capsys.readouterr().out.replace("2 completed", "1 completed")
+
+
+@pytest.mark.parametrize("command", BEYOND, ids=" ".join)
+def test_a_sweep_beyond_this_machine_is_one_that_can_be_started(command):
+    from smoltrain.sweep.sweeper import prepared
+
+    flags, hydras = prepared(["-m"], [a for a in command if a != "-m"])
+    assert flags == ["-m"] and composed(hydras, []) and {a.partition("=")[0] for a in hydras} > {"hydra/launcher"}
 
 
 @pytest.mark.parametrize("command", CHECK, ids=" ".join)
@@ -207,7 +230,7 @@ def test_the_picture_of_the_house_is_true():
 
 
 def test_every_option_that_readme_names_exists():
-    for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment"):
+    for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment", "sweep"):
         known = {
             *options(group, []),
             *options(group, ["--config-dir", str(ROOT / "tests" / "conf")]),

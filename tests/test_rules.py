@@ -328,7 +328,10 @@ IDLE = [
     (["trainer.args.loss_type=dft", "trainer.args.label_smoothing_factor=0.1"], "label_smoothing_factor=0.1 has no"),
     (["trainer=dpo", "trainer.args.discopop_tau=0.1"], "discopop_tau=0.1 has no effect"),
     (["trainer=dpo", "trainer.args.f_alpha_divergence_coef=0.1"], "f_alpha_divergence_coef=0.1 has no effect"),
-    (["trainer=dpo", "trainer.args.precompute_ref_batch_size=4"], "precompute_ref_batch_size=4 has no effect"),
+    (
+        ["trainer=dpo", "trainer.args.max_steps=5", "trainer.args.precompute_ref_batch_size=4"],
+        "precompute_ref_batch_size=4 has no effect",
+    ),
     (["trainer=dpo", "trainer.args.ref_model_sync_steps=4"], "ref_model_sync_steps=4 has no effect"),
     (["trainer=dpo", "trainer.args.padding_free=true"], "padding_free=true has no effect.*DPOTrainer pads"),
     (["trainer.args.packing_strategy=bfd_split"], "packing_strategy=bfd_split has no effect"),

@@ -332,8 +332,7 @@ def test_a_failed_run_of_a_sweep_is_exit_1_and_the_others_go_on(smoltrain, folde
         return step(self, *args, **kwargs)
 
     monkeypatch.setattr(trl.SFTTrainer, "training_step", fail_once)
-    with pytest.raises(OSError, match="went away"):
-        smoltrain("-m", "seed=1,2")
+    smoltrain("-m", "seed=1,2", code=1)
     statuses = {json.loads(file.read_text())["status"] for file in folder.glob("multirun/**/run.json")}
     assert statuses == {"failed", "completed"}
 

@@ -157,6 +157,7 @@ def hostile(folder, monkeypatch, capfd):
     with pytest.MonkeyPatch.context():
         main(["trainer._target_=os.system", "--config-dir=own"])  # what is imported at all is imported now
         main(["trainer._target_=trl.trainer.sft_trainer.Path", "--cfg", "job"])
+        main(["trainer._target_=os.system", "-m", "seed=1,2"])
     capfd.readouterr()
     environment = {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
     environment |= {"LD_PRELOAD": os.environ.get("LD_PRELOAD")}

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smoltrain.config import BASE, CONF, ConfigError
 from smoltrain.config.groups import description
+from smoltrain.config.overrides import read
 from smoltrain.model import locate, read_chat_template
 
 FILES = sorted(CONF.glob("*/*.yaml"))
@@ -45,7 +46,18 @@ def leaves(tree: dict, path: str = "") -> dict[str, object]:
     return dict(chain.from_iterable(pair.items() for pair in pairs))
 
 
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", options("sweep"))
+def test_every_way_of_choosing_trials_is_one(choice):
+    from smoltrain.sweep.search import axis, search
+    from smoltrain.sweep.space import settings
+
+    found = settings([choice], [])
+    varied = [axis(read(f"{key}={values}")) for key, values in found.params.items()]
+    varied = varied or [axis(read("trainer.args.learning_rate=1e-4,1e-3"))]
+    assert search(found, varied, "eval_loss", 64, Path("optuna.log")).ask()
+
+
+@pytest.mark.parametrize("choice", [choice for choice in CHOICES if choice not in options("sweep")])
 def test_every_option_composes_and_every_value_in_it_resolves(choice):
     OmegaConf.to_container(compose(choice), resolve=True, throw_on_missing=True)
 

@@ -16,7 +16,7 @@ from smoltrain.config.compose import COMPOSING, composed
 from smoltrain.config.groups import defaults
 from smoltrain.config.origins import Setting, origins
 from smoltrain.explain import scalar
-from smoltrain.runs import hold, this_process
+from smoltrain.runs import hold, let_go, this_process
 
 OPTIONS = [f"{g}={f.stem}" for g in defaults() for f in sorted((CONF / g).glob("*.yaml")) if f.stem != BASE]
 
@@ -404,6 +404,7 @@ def test_diff_of_runs(said, record):
     fourth = record("three/20260104-000000-dddd", status="running", process=this_process())
     hold(fourth)
     assert "has not ended" in said("diff", "three", "one", code=2)
+    let_go(fourth)
 
 
 def test_runs_are_the_same_experiment_by_the_parent_they_have_not_by_its_folder(said, record):

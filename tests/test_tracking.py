@@ -91,6 +91,24 @@ def test_the_dashboard_opens_on_this_projects_runs(smoltrain, monkeypatch):
         process.kill()
 
 
+def test_the_dashboard_opens_on_the_runs_that_a_query_chooses(folder, monkeypatch, capsys):
+    from smoltrain import tracking
+
+    class Stub:
+        show = staticmethod(
+            lambda **_: (None, "http://127.0.0.1:7999/", None, "http://127.0.0.1:7999/?project=smoltrain")
+        )
+
+    opened = []
+    monkeypatch.setattr(tracking, "open_trackio", Stub)
+    monkeypatch.setattr("webbrowser.open", opened.append)
+    monkeypatch.setattr("threading.Event.wait", lambda self: None)
+    (folder / "trackio").mkdir()
+    (folder / "trackio" / "smoltrain.db").touch()
+    tracking.dashboard("?project=smoltrain&runs=a/b,a/c")
+    assert opened == ["http://127.0.0.1:7999/?project=smoltrain&runs=a/b,a/c"] and opened[0] in capsys.readouterr().out
+
+
 def test_the_dashboard_of_no_runs_says_so(folder, capsys):
     from smoltrain.__main__ import main
 

@@ -16,6 +16,7 @@ from smoltrain.config.origins import Setting, origins
 from smoltrain.config.overrides import no_such_option, quoted, read, sorted_out
 from smoltrain.config.renamed import advice
 from smoltrain.config.validate import meant, problems, resolved
+from smoltrain.sweep import GROUP, of_sweep
 
 # Hydra refuses `trainer=null` with a plain ValueError. Variables that are not there, YAML nested too deeply, and files
 # that hold no keys, it does not catch.
@@ -45,6 +46,11 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
             if not culprit:
                 raise ConfigError(told(found, overrides, {}) + files.headless(overrides, arguments)) from error
             usable = [override for override in usable if override != culprit]
+    with open_dict(cfg):
+        if cfg.pop(GROUP, None) is not None:
+            typed = next((o for o in overrides if of_sweep(o)), f"{GROUP}=")
+            said = f"{typed}: how trials are chosen is no part of a run; smoltrain {typed} … starts a sweep"
+            found.append(Problem(GROUP, said))
     chains = origins(usable, arguments)
     found += unknown_first_words(strangers, cfg) + problems(cfg, chains, refused)
     if found:
@@ -120,7 +126,7 @@ def blamed(error: Exception, overrides: list[str]) -> str:
 
 def explain(error: Exception, arguments: list[str]) -> str:
     """What was found wrong while composing (one of COMPOSING), for the person who typed it or wrote the file."""
-    if lost := re.search(r"Could not (?:find|load) '(\w+)/([^'/]+)'", str(error)):
+    if lost := re.search(r"Could not (?:find|load) '((?:hydra/)?\w+)/([^'/]+)'", str(error)):
         group, option = lost.groups()
         return no_such_option(group, option, list(options(group, arguments)))
     if isinstance(error.__cause__ or error, (YAMLError, *UNCAUGHT)) and (unfit := [*files.unreadable(arguments)]):
@@ -136,6 +142,8 @@ def explain(error: Exception, arguments: list[str]) -> str:
     if no_group := re.search(r"Could not override '(([\w/]+)(?:@.*)?)'\.\s*(No match|Did you mean)", said):
         close = suggest(no_group[2], defaults()) or "."
         return f"{no_group[1]}: there is no such group{close} Groups: {', '.join(defaults())}"
+    if stray := re.search(r"Could not override '(hydra\.launcher\.\w+)'(?s:.*)is not in struct", said):
+        return f"{stray[1]}: this launcher takes no such key; --cfg hydra --package hydra.launcher shows those it takes"
     if inside := re.search(r"Could not override '([\w.]+)\.\w+'|full_key: ([\w.]+)", said):
         return f"{inside[1] or inside[2]} is a value and has no keys of its own"
     if "Could not delete" in first:

@@ -113,6 +113,8 @@ def slip(entry: Entry, beside: str, arguments: list[str]) -> str:
     value = node.value[0][1]
     known = {*defaults(), *(path.name for folder in folders(arguments) for path in folder.glob("*/"))}
     mend = f"- override /{group}: {option or 'null'}"
+    if group in ("hydra/launcher", "hydra/sweeper"):  # ours would win, without a word
+        return f"{group}: it is chosen on the command line, hydra/launcher={option}, and by no file"
     if group.startswith(("hydra", ".")):
         return ""
     if group not in known:

@@ -7,9 +7,13 @@ from functools import cache
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
+from smoltrain.config import leaves, plain
 from smoltrain.config.schema import KEYS, NODES
+
+PLUGIN = "hydra_plugins.smoltrain"  # where Hydra wants a launcher to be; the classes are in smoltrain.sweep
+PLUGINS = ("Sweeper", "Local", "Slurm", "Ray")
 
 
 @cache
@@ -36,8 +40,18 @@ def accelerator() -> str:
     return "mps" if (machine.sysname, machine.machine) == ("Darwin", "arm64") else "cpu"
 
 
+def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
+    """Whether it pays to compute what a reference makes of all rows before training.
+
+    It does where every row is learned from; and cannot be done for rows that are streamed or a reference that moves.
+    """
+    data = plain(_root_.data) if OmegaConf.is_dict(_root_.data) else {}
+    streamed = any(key.rpartition(".")[2] == "streaming" and value for key, value in leaves(data))
+    return _parent_.max_steps == -1 and not _parent_.get("sync_ref_model") and not streamed
+
+
 def register() -> None:
-    """Makes the resolvers `${stamp:}`, `${label:…}` and `${accelerator_is:…}` known to Hydra, and the schema.
+    """Makes `${stamp:}`, `${label:…}`, `${accelerator_is:…}` and `${reference_ahead:}` known to Hydra, and the schema.
 
     In it every node takes any key from any side. What does not belong there is found afterwards, all of it at once
     (`validate`), where Hydra would stop at the first and advise to force it in with `+`.
@@ -46,4 +60,5 @@ def register() -> None:
     ConfigStore.instance().store("schema", {key: node if key in NODES else MISSING for key in KEYS})
     OmegaConf.register_new_resolver("stamp", stamp, replace=True)
     OmegaConf.register_new_resolver("label", label, replace=True)
+    OmegaConf.register_new_resolver("reference_ahead", reference_ahead, replace=True)
     OmegaConf.register_new_resolver("accelerator_is", lambda kind: accelerator() == kind, replace=True)

@@ -24,6 +24,7 @@ class Config:
     threads: int | None
     objective: str
     resume: str
+    pause_at: int | None
     resume_changes: Literal["refuse", "accept"]
     data: dict[str, Any]
     encode: dict[str, Any]

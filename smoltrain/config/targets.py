@@ -27,6 +27,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 from smoltrain.config import ConfigError, Problem, leaves, plain, shown, suggest
+from smoltrain.config.resolvers import PLUGIN
+from smoltrain.config.resolvers import PLUGINS as REGISTERED
 from smoltrain.config.signatures import signature
 from smoltrain.usage import SETTABLE
 
@@ -239,7 +241,8 @@ def unlisted(place: str, target: Any) -> str:
         return "it has to be the dotted name of a class or function"
     if place in PLUGINS:
         installed = sorted(f"{kind.__module__}.{kind.__name__}" for kind in Plugins.instance().discover(PLUGINS[place]))
-        return "" if target in installed else f"it is not installed; {', '.join(installed)} is"
+        ours = [f"{PLUGIN}.{name}" for name in REGISTERED]
+        return "" if target in [*installed, *ours] else f"it is not installed; {', '.join(installed)} is"
     package, kinds = target.split(".")[0], kinds_of(place)
     if package not in PACKAGES and package not in {name.split(".")[0] for name in allowed()}:
         return wanted(kinds, target)

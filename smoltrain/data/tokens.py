@@ -9,13 +9,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import datasets
 import multiprocess
 import numpy as np
 import orjson
 import pyarrow as pa
 from datasets import Dataset, Features
 
+from smoltrain.data.cache import alone, folder
 from smoltrain.data.encode import Chat, Encoded, Encoder
 from smoltrain.data.formats import Shape
 from smoltrain.data.messages import RowError
@@ -140,20 +140,19 @@ def question(row: dict) -> list[dict]:
 
 def passed(raw: Dataset, worker: Pass, key: str, workers: int | None) -> Dataset:
     """The rows after the pass, from the cache where they were before."""
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / "smoltrain"
-    folder.mkdir(parents=True, exist_ok=True)
     processes = min(workers or os.cpu_count() or 1, len(raw) // ROWS_PER_WORKER)
     try:
-        done = raw.with_format("arrow").map(
-            worker,
-            batched=True,
-            remove_columns=raw.column_names,
-            features=Features.from_arrow_schema(worker.schema),
-            num_proc=processes if processes > 1 else None,
-            new_fingerprint=key,
-            cache_file_name=str(folder / f"{key}.arrow"),
-            desc="Preparing rows",
-        )
+        with alone(key, "preparing the same rows"):
+            done = raw.with_format("arrow").map(
+                worker,
+                batched=True,
+                remove_columns=raw.column_names,
+                features=Features.from_arrow_schema(worker.schema),
+                num_proc=processes if processes > 1 else None,
+                new_fingerprint=key,
+                cache_file_name=str(folder() / f"{key}.arrow"),
+                desc="Preparing rows",
+            )
     except multiprocess.TimeoutError as error:  # datasets no longer waits for its workers: it has been interrupted
         raise error.__context__ or error from None
     return done.with_format(None)

@@ -1,0 +1,267 @@
+"""A sweep that is kept: which one a word means, and its trials, each with the record of its run.
+
+`sweep.json` says only which trials there are. What became of them, their runs say. Nothing here imports Hydra or torch.
+"""
+
+import json
+import math
+import os
+import re
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from smoltrain import runs
+from smoltrain.config import ConfigError, shown, suggest
+from smoltrain.history import NO_RECORD, Found, below, directories, listing, look
+
+FILE = "sweep.json"
+SEED = "seed"  # the key over which results are averaged
+# Keys whose values make a metric another one: on other rows, and for the loss, of another method or tokens.
+OTHER_ROWS = ("data", "data.path", "data.test_path", "data.seed", "data.test_share", "data.test_rows")
+OTHER_LOSS: tuple[str, ...] = ("trainer", "model", "model.name_or_path", "encode.train_on", "trainer.args.max_length")
+OTHER_LOSS += tuple(f"trainer.args.{name}" for name in ("loss_type", "loss_weights", "beta", "label_smoothing"))
+# What the fields of sweep.json are, and of each of its trials.
+SHAPE: dict[str, Any] = {"name": str, "start": str, "end": str | None, "objective": str}
+SHAPE |= {"process": dict, "search": dict, "command": list, "varied": list, "trials": list}
+TRIAL: dict[str, Any] = {"number": int, "overrides": dict, "config_hash": str, "directory": str, "code": int | None}
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial; `overrides` holds what is varied, `code` is None where its process has not ended or never began."""
+
+    number: int
+    overrides: dict[str, Any]
+    config_hash: str
+    directory: Path
+    code: int | None
+    run: Found
+
+    @property
+    def status(self) -> str:
+        """That of its run; without a readable record `failed` where its process did, else `pending`."""
+        if self.run.trouble:
+            return "failed" if self.code else "pending"
+        paused = self.run.record.get("paused") or {}
+        return "stopped" if self.run.status == "preempted" and str(self.run.steps) in paused else self.run.status
+
+    @cached_property
+    def objective(self) -> float | None:
+        """What it came to, a finite number; only a completed trial came to anything."""
+        value = None if self.run.trouble else self.run.objective
+        return value if value is not None and math.isfinite(value) else None
+
+    @property
+    def error(self) -> str | None:
+        """Why it did not complete, as far as its record or its exit code tells."""
+        if self.status == "completed":
+            return None
+        if told := self.run.record.get("error"):
+            return str(told)
+        if self.code is not None and self.code < 0:
+            known = {number.value: number.name for number in signal.Signals}
+            return f"killed by {known.get(-self.code, f'signal {-self.code}')}"
+        if self.run.trouble and (self.directory / "run.json").exists():
+            return self.run.trouble
+        if self.run.trouble and self.code is not None:
+            return f"exit code {self.code}, and no record in {self.directory}"
+        return None
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Its final metrics; those of the starting model are not its own."""
+        every = self.run.record.get("metrics") or {}
+        return {name: value for name, value in every.items() if not name.startswith("before/")}
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A sweep and its trials, of which no two are one and the same run."""
+
+    directory: Path
+    name: str
+    start: datetime
+    end: datetime | None
+    alive: bool  # whether its process is still at it
+    command: tuple[str, ...]
+    search: dict[str, Any]
+    objective: str
+    varied: tuple[str, ...]
+    trials: tuple[Trial, ...]
+
+    @property
+    def greater(self) -> bool:
+        """Whether its objective is to grow."""
+        return self.objective.endswith(runs.GREATER)
+
+    @cached_property
+    def counts(self) -> dict[str, int]:
+        """How many trials there are of each status."""
+        statuses = [trial.status for trial in self.trials]
+        return {status: statuses.count(status) for status in sorted(set(statuses), key=statuses.index)}
+
+
+def comparable(sweep: Sweep) -> list[tuple[dict[str, Any], Sweep]]:
+    """The parts of a sweep in each of which the objective measures one thing, with what each part has in common."""
+    apart = [key for key in sweep.varied if key in OTHER_ROWS + OTHER_LOSS * (sweep.objective == "eval_loss")]
+    parts: dict[str, tuple[dict[str, Any], list[Trial]]] = {}
+    for trial in sweep.trials:
+        shared = {key: trial.overrides[key] for key in apart if key in trial.overrides}
+        parts.setdefault(json.dumps(shared), (shared, []))[1].append(trial)
+    if len(parts) < 2:
+        return [({}, sweep)]
+    varied = tuple(key for key in sweep.varied if key not in apart)
+    return [(shared, replace(sweep, trials=tuple(trials), varied=varied)) for shared, trials in parts.values()]
+
+
+def exit_code(sweep: Sweep) -> int:
+    """0 if every trial completed, or was stopped by the search.
+
+    1 if any failed or did not get to its end; else 143 for preempted, 3 for diverged.
+    """
+    statuses = {trial.status for trial in sweep.trials} - {"completed", "stopped"}
+    if statuses - {"preempted", "diverged"}:
+        return 1
+    return 143 if "preempted" in statuses else 3 if statuses else 0
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read(directory: Path) -> Sweep:
+    """The sweep in a directory. Raises ConfigError where its sweep.json cannot be read."""
+    file = directory / FILE
+    try:
+        kept = json.loads(file.read_text())
+        check(kept, SHAPE, "")
+        for trial in kept["trials"]:
+            check(trial, TRIAL, "trials: ")
+        alive = kept["end"] is None and not runs.gone(directory, kept["process"])
+        start, end = (kept[name] and datetime.fromisoformat(kept[name]).astimezone(UTC) for name in ("start", "end"))
+    except NO_RECORD as error:
+        raise ConfigError(f"{file}: unreadable, {type(error).__name__}: {error}") from error
+    trials: dict[tuple[str, Path], Trial] = {}
+    for facts in kept["trials"]:
+        own = located(directory, facts["directory"])
+        run = look(own, below(str(own), runs.ROOT))
+        trial = Trial(facts["number"], facts["overrides"], facts["config_hash"], own, facts["code"], run)
+        trials.setdefault((trial.config_hash, own.absolute()), trial)
+    return Sweep(
+        directory=directory,
+        name=kept["name"],
+        start=start,
+        end=end,
+        alive=alive,
+        command=tuple(kept["command"]),
+        search=kept["search"],
+        objective=kept["objective"],
+        varied=tuple(kept["varied"]),
+        trials=tuple(trials.values()),
+    )
+
+
+def check(facts: dict[str, Any], shape: dict[str, Any], where: str) -> None:
+    if wrong := [name for name, kind in shape.items() if not isinstance(facts.get(name), kind)]:
+        raise TypeError(f"{where}{wrong[0]} is {shown(facts.get(wrong[0]))}")
+
+
+def located(sweep: Path, directory: str) -> Path:
+    """Where a trial's run is: in the sweep's directory, or, one that was there before it, as seen from here."""
+    inside, elsewhere = sweep / directory, Path(directory)
+    return elsewhere if not (inside / "run.json").exists() and elsewhere.exists() else inside
+
+
+# ---------------------------------------------------------------- which sweep a word means
+
+
+def sweeps(root: Path = runs.ROOT) -> list[Path]:
+    """The directories of all sweeps below a folder, the one that started last first."""
+    return [Path(folder) for folder in sorted(folders(str(root)), key=began, reverse=True)]
+
+
+def folders(folder: str) -> Iterator[str]:
+    """The folders in a folder that hold a sweep.json; in a run, and in a sweep, there is none."""
+    try:
+        with os.scandir(folder) as entries:
+            inside = {entry.name: entry for entry in entries}
+    except OSError:
+        return
+    if FILE in inside:
+        yield folder
+    elif "run.json" not in inside:
+        for entry in inside.values():
+            if entry.is_dir(follow_symlinks=False):
+                yield from folders(entry.path)
+
+
+def began(folder: str) -> tuple[str, str]:
+    """When a sweep began, as far as can be told, and where it is."""
+    file = Path(folder, FILE)
+    try:
+        return str(json.loads(file.read_text())["start"]), folder
+    except NO_RECORD:
+        return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds"), folder
+
+
+def resolve(reference: str, root: Path = runs.ROOT) -> Path:
+    """The directory of the sweep that `reference` means: a path, `latest`, a name, a stamp, or the beginning of one.
+
+    Of those of a name the one that started last. Raises ConfigError where there is none, or several.
+    """
+    if (at := there(reference)) and (at / FILE).is_file():
+        return at
+    found = sweeps(root)
+    if reference == "latest" and found:
+        return found[0]
+    trails = {f"/{path.relative_to(root)}/": path for path in found}
+    word = below(reference, root)
+    begun = {whole for trail in trails for whole in re.findall(rf"/({re.escape(word)}[^/]*)(?=/)", trail) if word}
+    exact = {word} & begun or begun
+    meant = [path for trail, path in trails.items() if any(f"/{whole}/" in trail for whole in exact)]
+    if len(exact) > 1:
+        raise ConfigError(f"{reference}: {len(exact)} sweeps begin so, {listing(sorted(exact))}")
+    if not meant:
+        raise ConfigError(f"{reference}: {instead(reference, at, root, list(trails))}")
+    return meant[0]
+
+
+def there(reference: str) -> Path | None:
+    """What is at a path."""
+    path = Path(reference)
+    try:
+        return path if reference and path.exists() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
+
+
+def instead(reference: str, at: Path | None, root: Path, trails: list[str]) -> str:
+    """What a word means that names no sweep."""
+    from smoltrain import history
+
+    if "=" in reference:
+        return f"a sweep is started by smoltrain -m {reference}; smoltrain sweep shows what came of one"
+    if at and at.is_file():
+        return f"this is a file; a sweep is named by its directory{f', {at.parent}' if at.name == FILE else ''}"
+    if at and not any(at.iterdir()):
+        return "this is an empty folder, no sweep"
+    if at and (at / "run.json").exists():
+        of = at.absolute().parent
+        whole = f"a trial of the sweep {of.name}" if (of / FILE).exists() else "a single run, no sweep"
+        return f"this is {whole}; smoltrain {f'sweep {of.name}' if 'trial' in whole else f'runs show {reference}'}"
+    if at and at.absolute() != root.absolute() and (inside := len(list(directories(str(at))))):
+        said = "1 run is in it" if inside == 1 else f"{inside} runs are in it"
+        return f"no sweep.json is in this folder, so that it is no sweep; {said}, smoltrain runs compare looks at them"
+    try:
+        run = history.resolve(reference, root)
+        return f"this is a run, no sweep ({run}); smoltrain runs show {reference}"
+    except ConfigError:
+        pass
+    if not trails:
+        return f"there is no sweep in {root.absolute()} yet; smoltrain -m trainer=sft,dpo makes one"
+    words = {word for trail in trails for word in trail.strip("/").split("/")}
+    return f"no sweep of that name, stamp or path in {root.absolute()}{suggest(reference, words)}"

@@ -1,0 +1,262 @@
+"""A sweep is one object: each experiment once, in a process of its own, whatever becomes of the others."""
+
+import json
+import random
+import signal
+from pathlib import Path
+
+import pytest
+from survival import came_to, differing
+from test_endings import RUN, equal
+
+from smoltrain.__main__ import main
+from smoltrain.runs import read
+from smoltrain.sweep import record
+
+TINY = ("data.train_rows=24", "data.test_rows=8", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
+TINY += ("trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=4", "tracking=none")
+SAVING = ("trainer.args.save_steps=1", "trainer.args.logging_steps=1")
+
+# In the process of each trial, what its seed says happens in its third step.
+FATES = """
+import os, torch, transformers
+real = transformers.Trainer.training_step
+def step(self, *given, **named):
+    if self.state.global_step == 2:
+        if self.args.seed == 1: raise RuntimeError('it broke')
+        if self.args.seed == 2: os.kill(os.getpid(), 9)
+        if self.args.seed == 3: return real(self, *given, **named) * float('nan')
+        if self.args.seed == 4: raise MemoryError
+    return real(self, *given, **named)
+transformers.Trainer.training_step = step
+"""
+
+
+@pytest.fixture
+def sweep(forked, folder):
+    """Runs a sweep in a process of its own, and returns what it printed and its trials by what is varied."""
+
+    def run(*arguments: str, code: int = 0, program: str = RUN) -> tuple[str, dict[str, record.Trial]]:
+        life = forked("-m", *TINY, *arguments, code=program)
+        assert life.wait(300) == code, life.stdout + life.stderr
+        return life.stdout + life.stderr, trials(folder)
+
+    return run
+
+
+def trials(folder: Path) -> dict[str, record.Trial]:
+    """Those of the last sweep."""
+    found = record.sweeps(folder / "multirun")
+    return {written(trial.overrides): trial for trial in record.read(found[0]).trials} if found else {}
+
+
+def written(overrides: dict) -> str:
+    return " ".join(f"{key.rpartition('.')[2]}={value}" for key, value in overrides.items())
+
+
+def logs(folder: Path) -> dict[Path, str]:
+    """When each record of a run was written last."""
+    return {file.parent: file.read_text() for file in folder.glob("multirun/**/run.json")}
+
+
+def test_each_trial_is_the_run_that_it_would_be_alone(sweep, forked, folder):
+    said, done = sweep("trainer=sft,dpo", "seed=0,1")
+    assert [*done] == ["trainer=sft seed=0", "trainer=sft seed=1", "trainer=dpo seed=0", "trainer=dpo seed=1"]
+    for trial in done.values():
+        alone = forked(
+            *trial.run.record["overrides"], "resume=never", f"hydra.run.dir={folder / 'alone' / trial.directory.name}"
+        )
+        assert alone.wait() == 0, alone.stderr
+        assert equal(trial.directory, folder / "alone" / trial.directory.name)
+        assert read(folder / "alone" / trial.directory.name)["config_hash"] == trial.config_hash
+        assert "completed in" in (trial.directory / "log.txt").read_text()
+    assert "[4/4]" in said and "4 trials: 4 completed" in said and "4 s left" not in said.splitlines()[-1]
+    assert {"results.csv", "results.json", "sweep.json", "sweep_trainer-sft.png"} <= {
+        p.name for p in trial.directory.parent.iterdir()
+    }
+
+
+def test_the_same_command_runs_what_is_missing_and_nothing_else(sweep, folder, capsys):
+    _, done = sweep("seed=0,1")
+    before = logs(folder)
+    said, again = sweep("seed=0,1")
+    assert "continues the sweep" in said and logs(folder) == before and [*again] == [*done]
+    _, more = sweep("seed=0,1,2")
+    assert {path: text for path, text in logs(folder).items() if path in before} == before
+    assert [*more] == [*done, "seed=2"] and len(record.sweeps(folder / "multirun")) == 1
+    _, fewer = sweep("seed=2,0")  # another sweep, whose trials have all been run
+    assert {trial.directory.name for trial in fewer.values()} == {"0_seed-0", "2_seed-2"}
+    assert len(logs(folder)) == 3 and len(record.sweeps(folder / "multirun")) == 2
+    sweep("seed=0,1", "resume=never")
+    assert len(logs(folder)) == 5 and len(record.sweeps(folder / "multirun")) == 3
+
+
+def test_what_is_one_experiment_is_run_once(sweep, folder):
+    said, done = sweep("data.workers=1,2", "seed=0")
+    assert len(done) == 1 and len(logs(folder)) == 1 and "1 trial: 1 completed" in said
+
+
+def test_a_trial_that_comes_to_nothing_is_a_row_and_stops_no_other(sweep, folder):
+    said, done = sweep("seed=0,1,2,3,4,5", *SAVING, code=1, program=FATES + RUN)
+    status = {name: trial.status for name, trial in done.items()}
+    assert status == {
+        "seed=0": "completed",
+        "seed=1": "failed",
+        "seed=2": "interrupted",
+        "seed=3": "diverged",
+        "seed=4": "failed",
+        "seed=5": "completed",
+    }
+    assert "it broke" in said and "out of memory" in said
+    before = logs(folder)
+    said, again = sweep("seed=0,1,2,3,4,5", *SAVING, code=3)  # mended: what failed goes on, what diverged stays so
+    assert {name for name, trial in again.items() if trial.status == "completed"} == {*status} - {"seed=3"}
+    assert {path.name for path, text in logs(folder).items() if before[path] != text} == {
+        f"{n}_seed-{n}" for n in (1, 2, 4)
+    }
+    assert [one["step"] for one in read(again["seed=2"].directory)["resumed"]] in ([1], [2])  # which was sealed by then
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_every_trial_and_the_same_command_goes_on(sweep, forked, folder, number):
+    command = ("seed=0,1,2", *SAVING, "trainer.args.max_steps=40")
+    life = forked("-m", *TINY, *command)
+    life.until("[1/3]")
+    life.kill(number)
+    assert life.wait() == 143, life.stderr
+    before = {name: trial.status for name, trial in trials(folder).items()}
+    assert set(before.values()) <= {"completed", "preempted", "pending"} and "completed" in before.values()
+    ended = logs(folder)
+    _, done = sweep(*command)
+    assert {trial.status for trial in done.values()} == {"completed"}
+    assert all(logs(folder)[path] == text for path, text in ended.items() if json.loads(text)["status"] == "completed")
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.torture)])
+def test_a_sweep_that_is_killed_repeats_no_trial_and_loses_none(forked, folder, figure, kills):
+    command = ("-m", *TINY, "seed=0,1,2,3", *SAVING)
+    rng, hits, repeated = random.Random(kills), 0, 0
+    ended: dict[Path, str] = {}
+    while True:
+        life = forked(*command)
+        try:
+            assert life.wait(rng.uniform(1, 4) if hits < kills else 300) == 0, life.stderr
+            break
+        except TimeoutError:
+            life.kill()
+            life.wait()
+            hits += 1
+        now = {path: text for path, text in logs(folder).items() if json.loads(text)["status"] == "completed"}
+        repeated += sum(now.get(path) != text for path, text in ended.items())
+        ended = now
+    done = trials(folder)
+    assert repeated == 0 and len(done) == 4 and {trial.status for trial in done.values()} == {"completed"}
+    assert len(logs(folder)) == 4
+    figure("kill -9 of a whole sweep: no trial repeated, none lost", hits, hits)
+
+
+def test_where_a_fork_is_unsafe_a_process_is_begun_anew(sweep, folder):
+    sweep("name=forked")
+    spawn = "import smoltrain.sweep.local as m; m.unsafe_to_fork = lambda: True"
+    sweep("name=spawned", program=f"{spawn}\n{RUN}")
+    (forked,), (spawned,) = (folder.glob(f"multirun/{name}/*/0") for name in ("forked", "spawned"))
+    assert equal(forked, spawned)
+
+
+def test_rows_that_have_changed_are_not_taken_for_those_of_before(sweep, folder):
+    pairs = [{"prompt": f"{n} and 1", "completion": f"{n + 1}"} for n in range(40)]
+    own = [o for o in TINY if not o.startswith("data.")]
+    (folder / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    command = ("-m", "data.path=mine.jsonl", "data.test_share=0.2", *own, "seed=0,1")
+    assert main([*command]) == 0
+    (folder / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:]))
+    before = logs(folder)
+    assert main([*command]) == 2 and logs(folder) == before
+    assert main([*command, "resume=never"]) == 0 and len(logs(folder)) == 4
+
+
+def test_halving_stops_the_worst_and_goes_on_with_the_best(sweep, folder):
+    rates = "trainer.args.learning_rate=1e-5,1e-4,1e-3,3e-3"
+    level = ("trainer.args.lr_scheduler_type=constant", "trainer.args.max_steps=8")
+    said, done = sweep("sweep=halving", rates, *level)
+    status = {name: (trial.status, trial.run.steps) for name, trial in done.items()}
+    assert sorted(status.values()) == [("completed", 8)] + [("stopped", 2)] * 3
+    [best] = [name for name, trial in done.items() if trial.status == "completed"]
+    early = {name: trial.run.record["paused"]["2"] for name, trial in done.items()}
+    assert min(early, key=early.get) == best and "3 stopped" in said
+    before = logs(folder)
+    sweep("sweep=halving", rates, *level)
+    assert logs(folder) == before
+    _, whole = sweep(rates, *level, "name=grid")
+    assert equal(done[best].directory, whole[best].directory)  # paused and gone on with, or not
+
+
+def test_tpe_asks_for_trials_until_there_are_enough(sweep, folder):
+    pytest.importorskip("optuna")
+    rate = "trainer.args.learning_rate=tag(log,interval(1e-5,1e-2))"
+    _, done = sweep("sweep=tpe", "sweep.trials=3", rate)
+    assert len(done) == 3 and {trial.status for trial in done.values()} == {"completed"}
+    before = logs(folder)
+    _, again = sweep("sweep=tpe", "sweep.trials=3", rate)
+    assert logs(folder) == before and [*again] == [*done]
+
+
+def test_a_reviewed_file_is_a_sweep(forked, folder):
+    (folder / "own" / "sweep").mkdir(parents=True)
+    text = "# Two rates\ndefaults: [base, _self_]\nparams: {trainer: dpo, seed: '0,1', trainer.args.beta: 0.2}\n"
+    (folder / "own" / "sweep" / "mine.yaml").write_text(text)
+    life = forked("--config-dir=own", "+sweep=mine", *TINY, "seed=3,4")  # what is typed wins
+    assert life.wait() == 0, life.stderr
+    done = trials(folder)
+    assert [*done] == ["seed=3", "seed=4"]
+    overrides = done["seed=3"].run.record["overrides"]
+    assert {"trainer=dpo", "trainer.args.beta=0.2", "seed=3"} <= {*overrides}
+    assert not [o for o in overrides if o.startswith("sweep")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("-m", "seed=range(3,3)"), "seed=range(3,3): there is no value in it"),
+        (("-m", "trainer.args.learnin_rate=1,2"), "did you mean trainer.args.learning_rate?"),
+        (("-m", "seed=1,2", "objective=nothing"), "objective=nothing: what is measured is called"),
+        (("-m", "trainer.args.learning_rate=interval(1,2)"), "a grid has no end in an interval"),
+        (("-m", "data.path=nowhere.jsonl", "seed=1,2"), "nowhere.jsonl: there is no such file"),
+        (("-m", "seed=1,2", "resume=latest"), "one run goes on at a time"),
+        (("sweep=halving", "seed=1,2", "trainer.args.learning_rate=1,2"), "trainer.args.max_steps"),
+        (("sweep=halving", "seed=1,2", "trainer.args.max_steps=8"), "lr_scheduler_type=cosine: sweep=halving compares"),
+        (("sweep=nothing", "seed=1,2"), "sweep=nothing: there is no such option"),
+        (("sweep.trials=many", "seed=1,2"), "sweep.trials=many"),
+        (("sweep.trails=3", "seed=1,2"), "sweep.trails=3 is not a field of"),
+        (("-m", "seed=1,2", "hydra.sweep.dir=mine"), "hydra.sweep.dir=mine: it holds report.md"),
+    ],
+)
+def test_bad_input_is_said_before_the_first_trial(folder, capfd, arguments, message):
+    (folder / "mine").mkdir()
+    (folder / "mine" / "report.md").write_text("mine")
+    few = [o for o in TINY if "max_steps" not in o and not (o.startswith("data.") and "data.path" in str(arguments))]
+    assert main([*arguments, *few]) == 2
+    said = capfd.readouterr().err
+    assert message in said and "Traceback" not in said
+    assert not [*folder.glob("multirun/**/run.json")] and [*folder.glob("mine/*")] == [folder / "mine" / "report.md"]
+
+
+def test_the_directory_of_another_sweep_is_refused(sweep, folder):
+    sweep("seed=0", "hydra.sweep.dir=mine", "name=one")
+    said, _ = sweep("seed=1", "hydra.sweep.dir=mine", code=2)
+    assert "hydra.sweep.dir=mine: another sweep is there" in said
+
+
+def test_a_pause_costs_nothing(forked, folder):
+    calm = forked(*TINY, *SAVING, "name=calm", "trainer=dpo")
+    assert calm.wait() == 0, calm.stderr
+    assert forked(*TINY, *SAVING, "trainer=dpo", "pause_at=2").wait() == 143
+    (run,) = folder.glob("multirun/default/*")
+    stopped = read(run)
+    assert (stopped["status"], stopped["steps"], [*stopped["paused"]]) == ("preempted", 2, ["2"])
+    assert forked(*TINY, *SAVING, "trainer=dpo").wait() == 0
+    for name in ("calm", "default"):
+        (folder / name).mkdir()
+        (folder / "multirun" / name).rename(folder / name / "multirun")
+    found = differing(came_to(folder / "calm"), came_to(folder / "default"))
+    assert {*found} <= {"run.json paused", "run.json name", "run.json overrides"}
