@@ -65,6 +65,7 @@ bench: setup ## measure; medians and spread
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/preparation.py
 	$(BIN)/python benchmarks/checkpoints.py
+	$(BIN)/python benchmarks/sweep.py
 
 clean: ## remove what was built, keep the runs
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache
