@@ -156,9 +156,14 @@ def test_a_sweep_that_is_killed_repeats_no_trial_and_loses_none(forked, folder, 
 
 
 def test_where_a_fork_is_unsafe_a_process_is_begun_anew(sweep, folder):
-    sweep("name=forked")
+    (folder / "own" / "experiment").mkdir(parents=True)
+    (folder / "own" / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ntrainer: {args: {adam_beta1: 0.8}}\n"
+    )
+    own = ("--config-dir=own", "experiment=mine")
+    sweep(*own, "name=forked")
     spawn = "import smoltrain.sweep.local as m; m.unsafe_to_fork = lambda: True"
-    sweep("name=spawned", program=f"{spawn}\n{RUN}")
+    sweep(*own, "name=spawned", program=f"{spawn}\n{RUN}")
     (forked,), (spawned,) = (folder.glob(f"multirun/{name}/*/0") for name in ("forked", "spawned"))
     assert equal(forked, spawned)
 

@@ -22,6 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from smoltrain import runs
+from smoltrain.config.overrides import quoted
 from smoltrain.sweep.progress import Board
 
 # What a trial imports on its way; the classes that its config names come with it.
@@ -283,7 +284,10 @@ def came_to(done: JobReturn, directory: Path) -> int:
 def spawned(job: Job, environment: dict[str, str]) -> int:
     """Starts a trial as a command of its own, which imports everything again."""
     ours = [override for override in job.overrides if not override.startswith("hydra.sweep.")]
-    command = [sys.executable, "-m", "smoltrain", *ours, f"hydra.run.dir={job.directory}"]
+    sources = job.config.hydra.runtime.config_sources
+    own = [s.path for s in sources if s.schema == "file" and s.provider == "command-line"]
+    folders = [part for path in own for part in ("--config-dir", path)]
+    command = [sys.executable, "-m", "smoltrain", *folders, *ours, f"hydra.run.dir={quoted(str(job.directory))}"]
     with (job.directory / runs.LOG).open("a") as log:
         given = {**os.environ, **environment}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}
