@@ -17,6 +17,7 @@ from smoltrain.config import CONF, ConfigError, suggest
 from smoltrain.usage import VERBS, overview
 
 if TYPE_CHECKING:
+    from hydra.types import TaskFunction
     from omegaconf import DictConfig
 
 # No telemetry, no code of the hub; libraries' own bars only where someone looks, for what takes over a second, and gone
@@ -57,6 +58,7 @@ FLAGS = {
     "--package",
     "-p",
 }
+LOOKING = {"--cfg", "-c", "--info", "-i", "--hydra-help"}  # those with which nothing is run
 # Flags of Hydra that would compose another config than ours, or unpickle one, and what to write instead.
 NOT_OURS = {
     "--config-path": "a run is composed from smoltrain's conf; --config-dir adds a folder of your own beside it",
@@ -211,10 +213,8 @@ def check(arguments: list[str]) -> int:
 
 
 def train(arguments: list[str]) -> int:
-    """Hydra composes, then `smoltrain.train.main` runs: once, or in a sweep once for each trial, in its own process."""
-    import hydra
-
-    from smoltrain.config.compose import COMPOSING, explain, guard
+    """Composes and checks a config, then `smoltrain.train.main` runs it: once, or in a sweep once for each trial."""
+    from smoltrain.config.compose import COMPOSING, explain
     from smoltrain.runs import give_back
     from smoltrain.sweep import asked_for
 
@@ -230,22 +230,15 @@ def train(arguments: list[str]) -> int:
     flags, overrides = split(arguments)
     try:
         check_flags(flags)
-        looked_at = {"--cfg", "-c", "--info", "-i", "--hydra-help"} & {flag.partition("=")[0] for flag in flags}
-        if asked_for(flags, overrides) and not looked_at:
-            from smoltrain.sweep.sweeper import prepared
-
-            flags, overrides = prepared(flags, overrides)
-        elif {"--info", "-i", "--hydra-help"} & looked_at:
-            guard(overrides, [*flags, *overrides])
+        if LOOKING & {flag.partition("=")[0] for flag in flags}:
+            hydra(*looked_at(flags, overrides), task)
         elif asked_for(flags, overrides):
-            from smoltrain.sweep.space import Space
+            from smoltrain.sweep.sweeper import answered, prepared
 
-            space = Space.of(flags, overrides)  # of a sweep, the config of its first trial is looked at
-            flags, overrides = space.flags, space.first.overrides
+            hydra(*prepared(flags, overrides), task)
+            return answered()
         else:
-            overrides, flags = continuing(overrides, flags, looked_at)
-        sys.argv = ["smoltrain", *flags, *overrides]
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+            run_once(flags, overrides, task)
     except ConfigError:
         raise
     except (*COMPOSING, OSError) as error:
@@ -255,30 +248,55 @@ def train(arguments: list[str]) -> int:
         raise ConfigError(said) from error
     finally:
         give_back()
-    if "-m" in flags and not looked_at:
-        from smoltrain.sweep.sweeper import answered
-
-        return answered()
     return max(exits, default=0)
 
 
-def continuing(overrides: list[str], flags: list[str], looked_at: set[str]) -> tuple[list[str], list[str]]:
-    """A run's command line, checked, and led to the directory of the run that it goes on with."""
-    from smoltrain.config.compose import compose
-    from smoltrain.config.overrides import quoted
+def hydra(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
+    """Gives a command line to Hydra."""
+    import hydra
 
-    if any(override.startswith("resume=") for override in overrides):
-        from smoltrain.resume import with_its_own
+    sys.argv = ["smoltrain", *flags, *overrides]
+    hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
 
-        overrides, flags = with_its_own(overrides, flags)
-    cfg = compose(overrides, [*flags, *overrides])
-    if not looked_at:
-        from smoltrain.resume import continued
 
-        if directory := continued(cfg, overrides):
-            overrides = [o for o in overrides if not o.startswith("hydra.run.dir=")]
-            overrides.append(f"hydra.run.dir={quoted(str(directory))}")
-    return overrides, flags
+def looked_at(flags: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """The checked command line of a config that Hydra is to show: of a sweep, that of its first trial."""
+    from smoltrain.config.compose import guard, whole
+    from smoltrain.sweep import asked_for
+
+    if not {"--cfg", "-c"} & {flag.partition("=")[0] for flag in flags}:
+        guard(overrides, [*flags, *overrides])
+    elif asked_for(flags, overrides):
+        from smoltrain.sweep.space import Space
+
+        space = Space.of(flags, overrides)
+        return space.flags, space.first.overrides
+    else:
+        flags, overrides = with_its_own(flags, overrides)
+        whole(overrides, [*flags, *overrides])
+    return flags, overrides
+
+
+def run_once(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
+    """Checks the config of a run, and runs it: in a directory of its own, or where it goes on with another one."""
+
+    from smoltrain.config.compose import of_run, run_job, whole
+    from smoltrain.resume import continued
+
+    flags, overrides = with_its_own(flags, overrides)
+    cfg = whole(overrides, [*flags, *overrides])
+    if directory := continued(of_run(cfg), overrides):
+        cfg.hydra.run.dir = str(directory)
+    run_job(cfg, task, "hydra.run.dir").return_value  # noqa: B018 - it raises what the task did
+
+
+def with_its_own(flags: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
+    """A command line with that of the run, which `resume=` names, in it."""
+    if not any(override.startswith("resume=") for override in overrides):
+        return flags, overrides
+    from smoltrain.resume import with_its_own
+
+    return with_its_own(flags, overrides)
 
 
 def listen() -> None:

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from smoltrain import runs
 from smoltrain.checkpoints import MANIFEST, all_of
+from smoltrain.config.groups import naming
 from smoltrain.lines import measured, short, some
 
 SAMPLES = 3
@@ -281,10 +282,8 @@ def data_table(record: dict[str, Any]) -> list[str]:
 
 def command(record: dict[str, Any]) -> str:
     """The command line that stands for a run; of a sweep's run, for that one alone."""
-    folders = record["config_dirs"]
-    own = ["--config-dir", *folders] if len(folders) == 1 else [f"hydra.searchpath=[{','.join(folders)}]"]
     allowed = [f"--allow={name}" for name in record["allowed"]]
-    return shlex.join(["smoltrain", *allowed, *(own if folders else []), *record["overrides"]])
+    return shlex.join(["smoltrain", *allowed, *naming(record["config_dirs"]), *record["overrides"]])
 
 
 def plot(file: Path, runs: dict[str, list[dict[str, Any]]]) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from smoltrain import runs
 from smoltrain.config import ConfigError, leaves, shown
 from smoltrain.config.compose import compose
+from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
 from smoltrain.config.resolvers import stamp
 from smoltrain.config.validate import resolved
@@ -31,10 +32,7 @@ def reproduce(arguments: list[str], start: Callable[[list[str]], int]) -> int:
         raise ConfigError(f"{directory}: its record does not say with what it ran ({', '.join(lost)} missing)")
     if changed := [again["step"] for again in record["resumed"] if again["config_hash"] != record["config_hash"]]:
         raise ConfigError(f"{directory}: it went on with another config after step {max(changed)}; no one command does")
-    said = [part for folder in record["config_dirs"] for part in ("--config-dir", folder)]
-    if len(record["config_dirs"]) > 1:
-        said = [f"hydra.searchpath=[{','.join(record['config_dirs'])}]"]
-    command = [*said, *record["overrides"]]
+    command = [*naming(record["config_dirs"]), *record["overrides"]]
     again = runs.ROOT / record["name"] / stamp()
     code = start([*command, *mended(record, command), "resume=never", f"hydra.run.dir={quoted(str(again))}"])
     if not (again / "run.json").is_file():

@@ -13,6 +13,7 @@ from rich.prompt import Confirm
 
 from smoltrain import checkpoints, report, runs
 from smoltrain.config import ConfigError, leaves, rules, shown
+from smoltrain.config.groups import naming
 from smoltrain.config.overrides import read
 from smoltrain.config.validate import resolved
 from smoltrain.history import every, opened, resolve
@@ -77,19 +78,19 @@ def kept_in(cfg: DictConfig, overrides: Iterable[str]) -> Path:
     return Path(str(given[-1].value())) if given else runs.ROOT / cfg.name
 
 
-def with_its_own(overrides: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+def with_its_own(flags: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:
     """The command line of a run that `resume=` names, with what is typed now in place of what was typed then."""
     typed = {key_of(override) for override in overrides}
     given = [found.value() for o in overrides if (found := read(o)) and found.key_or_group == "resume"]
     if not given or given[-1] in ("auto", "never"):
-        return overrides, flags
+        return flags, overrides
     record = opened(resolved_run(str(given[-1]))).record
-    folders = [part for folder in record.get("config_dirs", []) for part in ("--config-dir", folder)]
-    if len(folders) > 2:
-        overrides = [f"hydra.searchpath=[{','.join(record['config_dirs'])}]", *overrides]
+    folders = naming(record.get("config_dirs", []))
+    if len(folders) == 1:
+        overrides = [*folders, *overrides]
     elif not {"--config-dir", "-cd"} & {flag.partition("=")[0] for flag in flags}:
         flags = [*flags, *folders]
-    return [*(o for o in record.get("overrides", []) if key_of(o) not in typed), *overrides], flags
+    return flags, [*(o for o in record.get("overrides", []) if key_of(o) not in typed), *overrides]
 
 
 def key_of(override: str) -> str:

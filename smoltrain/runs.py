@@ -116,6 +116,8 @@ class Run:
         parent: dict[str, str] | None,
         on_end: Callable[[Path], None],
     ) -> None:
+        from hydra.core.hydra_config import HydraConfig
+
         from smoltrain.config.targets import allowed
 
         self.directory = Path(directory)
@@ -131,7 +133,7 @@ class Run:
             "model": cfg.model.name_or_path,
             "config_hash": config_hash(config, parent, self.directory),
             "choices": choices,
-            "config_dirs": own_folders(),
+            "config_dirs": own_folders(HydraConfig.get()),
             "allowed": allowed(),
             "overrides": overrides,
             "seed": cfg.seed,
@@ -305,11 +307,9 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {package: metadata.version(package) for package in VERSIONS}
 
 
-def own_folders() -> list[str]:
-    """The folders of YAML, beside ours, that the run in this process was composed from; absolute paths."""
-    from hydra.core.hydra_config import HydraConfig
-
-    sources = HydraConfig.get().runtime.config_sources
+def own_folders(hydra: Any) -> list[str]:
+    """The folders of YAML, beside ours, that a config with this node of Hydra's was composed from; absolute paths."""
+    sources = hydra.runtime.config_sources
     return [str(Path(s.path).absolute()) for s in sources if s.schema == "file" and s.provider != "main"]
 
 

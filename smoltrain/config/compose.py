@@ -1,11 +1,16 @@
-"""From a command line to a config that has been checked whole, or to everything that is wrong with it."""
+"""From a command line to a config that has been checked whole, or to everything that is wrong with it.
 
+It is composed once: what was checked is what runs.
+"""
+
+import copy
 import re
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hydra.errors import HydraException, MissingConfigException
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, open_dict, read_write
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -18,6 +23,10 @@ from smoltrain.config.renamed import advice
 from smoltrain.config.validate import meant, problems, resolved
 from smoltrain.sweep import GROUP, of_sweep
 
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+    from hydra.types import TaskFunction
+
 # Hydra refuses `trainer=null` with a plain ValueError. Variables that are not there, YAML nested too deeply, and files
 # that hold no keys, it does not catch.
 UNCAUGHT = (KeyError, RecursionError, OSError, AttributeError, TypeError, AssertionError)
@@ -25,10 +34,23 @@ COMPOSING = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
 
 
 def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
-    """The config that a command line stands for. Raises one ConfigError for all that is wrong with it.
+    """The config of a run that a command line stands for; takes what `whole` takes, and raises the same."""
+    return of_run(whole(overrides, arguments))
 
-    `arguments` are where folders of users are named: flags, and `hydra.searchpath`. An override that cannot be used is
-    set aside, so that the rest can be composed and judged too.
+
+def of_run(cfg: DictConfig) -> DictConfig:
+    """A config without Hydra's own node, whose place it leaves as it is."""
+    cfg = copy.deepcopy(cfg)
+    with read_write(cfg), open_dict(cfg):
+        del cfg["hydra"]
+    return cfg
+
+
+def whole(overrides: list[str], arguments: list[str]) -> DictConfig:
+    """The config that a command line stands for, Hydra's own node included.
+
+    Raises one ConfigError for all that is wrong with it. `arguments` are where folders of users are named: flags, and
+    `hydra.searchpath`. An override that cannot be used is set aside, so that the rest can be composed and judged too.
     """
     usable, strangers, found = sorted_out(overrides, arguments)
     if misplaced := targets.misplaced(usable):
@@ -52,7 +74,8 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
             said = f"{typed}: how trials are chosen is no part of a run; smoltrain {typed} … starts a sweep"
             found.append(Problem(GROUP, said))
     chains = origins(usable, arguments)
-    found += unknown_first_words(strangers, cfg) + problems(cfg, chains, refused)
+    run = of_run(cfg)
+    found += unknown_first_words(strangers, run) + problems(run, chains, refused)
     if found:
         text = told(found, overrides, chains)
         raise ConfigError(text + files.headless(overrides, arguments), [p.key for p in found if p.missing])
@@ -60,12 +83,12 @@ def compose(overrides: list[str], arguments: list[str]) -> DictConfig:
 
 
 def composed(overrides: list[str], arguments: list[str]) -> DictConfig:
-    """What Hydra makes of a command line, unchecked."""
-    return inspected(overrides, arguments)[0]
+    """What Hydra makes of a command line for a run, unchecked."""
+    return of_run(inspected(overrides, arguments)[0])
 
 
 def inspected(overrides: list[str], arguments: list[str]) -> tuple[DictConfig, list[Problem]]:
-    """What Hydra makes of a command line, and what in it may not run; nothing else of it is checked."""
+    """What Hydra makes of a command line, its own node included, and what in it may not run; no more is checked."""
     import hydra
 
     extra = [quoted(f"file://{folder.absolute()}") for folder in folders(arguments)[:-1]]
@@ -73,17 +96,29 @@ def inspected(overrides: list[str], arguments: list[str]) -> tuple[DictConfig, l
     given = [override for override in overrides if key_of(override) != "hydra.searchpath"]
     hydras = [override for override in given if key_of(override).startswith(("hydra.", "hydra/"))]
     given += searchpath
-    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+    with hydra.initialize_config_dir(str(CONF), job_name="smoltrain", version_base="1.3"):
         try:
             cfg = hydra.compose("config", overrides=given, return_hydra_config=True)
         except UNCAUGHT as error:
             raise HydraException(str(error)) from error
         ours = shipped(Path.cwd(), *hydras) if extra else cfg.hydra
     refused = targets.refusals(cfg) + targets.overridden(cfg.hydra, ours, given)
-    with open_dict(cfg):
-        del cfg["hydra"]
-    secrets.refuse(secrets.leaks(plain(cfg)))  # before anything else is said, for what is said shows values
+    # Before anything else is said, for what is said shows values.
+    secrets.refuse(secrets.leaks(plain(cfg) | {"hydra": None}))
     return cfg, refused
+
+
+def run_job(cfg: DictConfig, task: "TaskFunction", directory: str, below: str | None = None) -> "JobReturn":
+    """Runs a task with a checked config as Hydra runs a job; `directory` and `below` are the keys that say where."""
+    from hydra._internal.callbacks import Callbacks
+    from hydra._internal.config_loader_impl import ConfigLoaderImpl
+    from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+    from hydra.core.utils import run_job
+    from hydra.types import HydraContext
+
+    # Of a job's context it calls back only, and whom, no config of ours can say.
+    context = HydraContext(config_loader=ConfigLoaderImpl(ConfigSearchPathImpl()), callbacks=Callbacks())
+    return run_job(task, cfg, directory, below, context)
 
 
 @cache

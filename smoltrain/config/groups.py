@@ -26,6 +26,13 @@ def folders(arguments: list[str]) -> list[Path]:
     return [*map(Path, given), CONF]
 
 
+def naming(own: list[str]) -> list[str]:
+    """The part of a command line that names folders of users, which `folders` finds in it again."""
+    if len(own) > 1:
+        return [f"hydra.searchpath=[{','.join(own)}]"]
+    return ["--config-dir", *own] if own else []
+
+
 def options(group: str, arguments: list[str]) -> dict[str, str]:
     """The options of a config group and their descriptions, the default one first, users' own files included."""
     found: dict[str, str] = {}

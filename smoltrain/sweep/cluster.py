@@ -129,7 +129,7 @@ class Slurm(Elsewhere):
 
         executor = submitit.AutoExecutor(folder, cluster="slurm", slurm_max_num_timeout=0)
         executor.update_parameters(name="smoltrain", **self.asked)
-        same = [self.hydra_context] * len(jobs), [str(Path.cwd())] * len(jobs), [self.environment] * len(jobs)
+        same = [str(Path.cwd())] * len(jobs), [self.environment] * len(jobs)
         try:
             handles = executor.map_array(trial, jobs, *same)
         except submitit.core.utils.FailedJobError as error:
@@ -189,7 +189,7 @@ class Ray(Elsewhere):
                 while waiting and len(living) < (self.at_once or len(jobs)):
                     job = waiting.pop()
                     job.began = time.time()
-                    living[remote.remote(job, self.hydra_context, str(Path.cwd()), environment)] = job
+                    living[remote.remote(job, str(Path.cwd()), environment)] = job
                 pause(POLL, board)
                 take(living, board)
         except KeyboardInterrupt:
@@ -222,7 +222,7 @@ class Ray(Elsewhere):
 # ---------------------------------------------------------------- in the process of a trial
 
 
-def trial(job: Job, context: HydraContext, folder: str, environment: dict[str, str]) -> int:
+def trial(job: Job, folder: str, environment: dict[str, str]) -> int:
     """Runs a trial in this process, which another program started for it, and returns its exit code."""
     from smoltrain.__main__ import MANNERS, attempt, listen
     from smoltrain.config.resolvers import register
@@ -235,7 +235,7 @@ def trial(job: Job, context: HydraContext, folder: str, environment: dict[str, s
     register()
     with logged(job.directory):
         discreet_streams()
-        return outcome(job, lambda cfg: attempt(cfg)[1], context)
+        return outcome(job, lambda cfg: attempt(cfg)[1])
 
 
 @contextmanager

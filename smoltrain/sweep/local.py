@@ -16,12 +16,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra.core.utils import JobReturn, JobStatus, configure_log, run_job, setup_globals
+from hydra.core.utils import JobReturn, JobStatus, configure_log, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, open_dict
 
 from smoltrain import runs
+from smoltrain.config.compose import run_job
+from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
 from smoltrain.sweep.progress import Board
 
@@ -135,7 +137,7 @@ class Local(Launcher):
         job.pid = os.fork()
         if job.pid == 0:
             os.environ |= environment
-            live(job, self.task, self.hydra_context)
+            live(job, self.task)
 
 
 # ---------------------------------------------------------------- before
@@ -227,12 +229,12 @@ def elsewhere(function: Callable[[], Result]) -> Result:
 # ---------------------------------------------------------------- in the process of a trial
 
 
-def live(job: Job, task: TaskFunction, context: HydraContext) -> None:
+def live(job: Job, task: TaskFunction) -> None:
     """All that the process of a trial does; it never returns."""
     code = 1
     try:
         alone(job.directory)
-        code = outcome(job, task, context)
+        code = outcome(job, task)
     finally:
         with suppress(OSError):  # a disk that is full: what it says is lost, how it ended is not
             sys.stdout.flush()
@@ -240,20 +242,13 @@ def live(job: Job, task: TaskFunction, context: HydraContext) -> None:
         os._exit(code)
 
 
-def outcome(job: Job, task: TaskFunction, context: HydraContext) -> int:
+def outcome(job: Job, task: TaskFunction) -> int:
     """Runs a trial in this process, as Hydra runs a job, and returns its exit code, whatever happens."""
     from smoltrain.__main__ import listen
 
     try:
         listen()
-        done = run_job(
-            hydra_context=context,
-            task_function=task,
-            config=job.config,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
-        return came_to(done, job.directory)
+        return came_to(run_job(job.config, task, "hydra.sweep.dir", "hydra.sweep.subdir"), job.directory)
     except KeyboardInterrupt:
         return 143
     except BaseException:  # noqa: BLE001 - there is nobody above who could tell of it
@@ -283,11 +278,9 @@ def came_to(done: JobReturn, directory: Path) -> int:
 
 def spawned(job: Job, environment: dict[str, str]) -> int:
     """Starts a trial as a command of its own, which imports everything again."""
-    ours = [override for override in job.overrides if not override.startswith("hydra.sweep.")]
-    sources = job.config.hydra.runtime.config_sources
-    own = [s.path for s in sources if s.schema == "file" and s.provider == "command-line"]
-    folders = [part for path in own for part in ("--config-dir", path)]
-    command = [sys.executable, "-m", "smoltrain", *folders, *ours, f"hydra.run.dir={quoted(str(job.directory))}"]
+    ours = [o for o in job.overrides if not o.startswith(("hydra.sweep.", "hydra.searchpath="))]
+    own = naming(runs.own_folders(job.config.hydra))
+    command = [sys.executable, "-m", "smoltrain", *own, *ours, f"hydra.run.dir={quoted(str(job.directory))}"]
     with (job.directory / runs.LOG).open("a") as log:
         given = {**os.environ, **environment}
         streams: dict[str, Any] = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": log}

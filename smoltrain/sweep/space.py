@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from smoltrain import runs
 from smoltrain.config import ConfigError, plain
-from smoltrain.config.compose import compose, composed
+from smoltrain.config.compose import composed, of_run, whole
 from smoltrain.config.overrides import quoted, read, spelled_out
 from smoltrain.config.signatures import signature
 from smoltrain.config.validate import lacking, mistyped, resolved, unknown
@@ -29,7 +29,11 @@ class Trial:
 
     values: dict[str, Any]
     overrides: list[str]
-    cfg: DictConfig
+    whole: DictConfig  # checked, with Hydra's own node
+
+    @cached_property
+    def cfg(self) -> DictConfig:
+        return of_run(self.whole)
 
     @cached_property
     def config_hash(self) -> str:
@@ -74,10 +78,10 @@ class Space:
         if " ".join(varied) not in self.made:
             overrides = spelled_out([*self.constants, *varied])
             with outside_hydra():
-                cfg = compose(overrides, [*self.flags, *overrides])
-            if cfg.resume not in ("auto", "never"):
-                raise ConfigError(f"resume={cfg.resume}: one run goes on at a time; name it without -m")
-            self.made[" ".join(varied)] = Trial(values, overrides, cfg)
+                trial = Trial(values, overrides, whole(overrides, [*self.flags, *overrides]))
+            if trial.cfg.resume not in ("auto", "never"):
+                raise ConfigError(f"resume={trial.cfg.resume}: one run goes on at a time; name it without -m")
+            self.made[" ".join(varied)] = trial
         return self.made[" ".join(varied)]
 
     @property

@@ -12,10 +12,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.plugins import Plugins
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper as Plugin
-from hydra.types import HydraContext, TaskFunction
+from hydra.types import HydraContext, RunMode, TaskFunction
 from omegaconf import DictConfig
 
 from smoltrain import runs
@@ -48,7 +50,9 @@ class Sweeper(Plugin):
     launcher: Launcher
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.task, self.config = hydra_context, task_function, config
+        self.loader = Checked(hydra_context.config_loader)
+        self.hydra_context = HydraContext(config_loader=self.loader, callbacks=hydra_context.callbacks)
+        self.task, self.config = task_function, config
 
     def sweep(self, arguments: list[str]) -> Path:
         """Runs the sweep and returns its directory. Raises ConfigError where the directory is of another."""
@@ -165,19 +169,37 @@ class Sweeper(Plugin):
         """Runs trials, each in the directory that it has in this sweep."""
         if not todo:
             return
-        jobs = []
-        for proposal, trial, entry in todo:
-            paused = [f"pause_at={proposal.until}"] if proposal.until else []
-            where = [
-                f"hydra.sweep.dir={quoted(str(self.directory))}",
-                f"hydra.sweep.subdir={quoted(entry['directory'])}",
-            ]
-            jobs.append([*(o for o in trial.overrides if not o.startswith("hydra.sweep.")), *paused, *where])
+        jobs = [self.loader.takes(trial, proposal.until, self.directory, entry) for proposal, trial, entry in todo]
         returns = self.launcher.launch(jobs, initial_job_idx=todo[0][2]["number"])
         for (_, _, entry), done in zip(todo, returns, strict=True):
             code = getattr(done, "code", None)
             entry["code"] = self.book.code(entry) if code is None else code
         self.book.note()
+
+
+class Checked(ConfigLoaderImpl):
+    """Has a launcher run the very config of each trial that was checked, which Hydra would compose once more."""
+
+    def __init__(self, hydras: ConfigLoader) -> None:
+        super().__init__(hydras.get_search_path())
+        self.configs: dict[tuple[str, ...], DictConfig] = {}
+
+    def takes(self, trial: Trial, until: int | None, directory: Path, entry: dict[str, Any]) -> list[str]:
+        """Makes a trial known, and returns the command line for which a launcher is given it."""
+        own = [override for override in trial.overrides if not override.startswith("hydra.sweep.")]
+        own += [f"pause_at={until}"] if until else []
+        where = {"dir": str(directory), "subdir": entry["directory"]}
+        job = [*own, *(f"hydra.sweep.{key}={quoted(value)}" for key, value in where.items())]
+        config = copy.deepcopy(trial.whole)
+        config.pause_at = until
+        config.hydra.mode = RunMode.MULTIRUN
+        config.hydra.overrides.task = [override for override in own if not override.startswith("hydra")]
+        config.hydra.sweep.dir, config.hydra.sweep.subdir = where.values()
+        self.configs[tuple(job)] = config
+        return job
+
+    def load_sweep_config(self, master_config: DictConfig, sweep_overrides: list[str]) -> DictConfig:
+        return self.configs.pop(tuple(sweep_overrides))
 
 
 class Book:
