@@ -233,10 +233,7 @@ def train(arguments: list[str]) -> int:
         if LOOKING & {flag.partition("=")[0] for flag in flags}:
             hydra(*looked_at(flags, overrides), task)
         elif asked_for(flags, overrides):
-            from smoltrain.sweep.sweeper import answered, prepared
-
-            hydra(*prepared(flags, overrides), task)
-            return answered()
+            return sweep(flags, overrides, task)
         else:
             run_once(flags, overrides, task)
     except ConfigError:
@@ -257,6 +254,23 @@ def hydra(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
 
     sys.argv = ["smoltrain", *flags, *overrides]
     hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(task)()
+
+
+def sweep(flags: list[str], overrides: list[str], task: "TaskFunction") -> int:
+    """Runs a sweep, and prints what came of it, whatever ended it."""
+    from smoltrain.sweep.sweeper import answered, prepared
+
+    command = prepared(flags, overrides)
+    try:
+        hydra(*command, task)
+    except ConfigError:
+        raise
+    except (KeyboardInterrupt, Exception) as error:
+        if answered() is None or isinstance(error, KeyboardInterrupt):  # None: it had not begun
+            raise
+        failed(type(error), error, error.__traceback__)
+        return 1
+    return answered() or 0
 
 
 def looked_at(flags: list[str], overrides: list[str]) -> tuple[list[str], list[str]]:

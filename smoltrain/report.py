@@ -1,6 +1,7 @@
 """What a person reads of a run: the banner before, the table after, and `report.md` with a plot for good."""
 
 import importlib.util
+import json
 import shlex
 from pathlib import Path
 from textwrap import shorten
@@ -54,6 +55,16 @@ def facts(trainer: Any) -> dict[str, Any]:
         "parameters": sum(p.numel() for p in weights),
         "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
     }
+
+
+def asked(rows: list[dict[str, Any]]) -> str:
+    """A hash of what is answered by generation, and of the answers that are right."""
+    import hashlib
+
+    from smoltrain.data.tokens import question
+
+    questions = [[question(row), row.get("answer")] for row in rows]
+    return hashlib.sha256(json.dumps(questions, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Any) -> str:

@@ -1,6 +1,8 @@
 """The verb `reproduce`: makes a run again from its record, and says whether the same came out."""
 
 import json
+import math
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -58,9 +60,12 @@ MISSING = object()
 def literal(value: Any) -> str:
     """A value as Hydra's grammar takes it."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{quoted(str(key))}:{literal(inner)}" for key, inner in value.items()) + "}"
+        keys = (re.sub(r"([^\w.$/%+*@?|-])", r"\\\1", str(key)) for key in value)  # which it takes in no quotes
+        return "{" + ",".join(f"{key}:{literal(inner)}" for key, inner in zip(keys, value.values(), strict=True)) + "}"
     if isinstance(value, list):
         return "[" + ",".join(map(literal, value)) + "]"
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
     return quoted(value) if isinstance(value, str) else json.dumps(value)
 
 

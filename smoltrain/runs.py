@@ -271,7 +271,7 @@ def write_record(directory: Path, record: dict[str, Any]) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.tmp")
     with temporary.open("w") as file:
         file.write(text)
         file.flush()
@@ -335,16 +335,25 @@ def this_process() -> dict[str, Any]:
     return {"host": platform.node(), "pid": os.getpid()}
 
 
-def hold(directory: Path) -> None:
-    """Takes the lock of a run. Whatever this process dies of, the system gives it back; its children never have it."""
-    if directory.resolve() not in HELD:
-        directory.mkdir(parents=True, exist_ok=True)
-        HELD[directory.resolve()] = (directory / LOCK).open("ab")
-        try:
-            fcntl.lockf(HELD[directory.resolve()], fcntl.LOCK_EX)
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
+def hold(directory: Path, wait: bool = True) -> bool:
+    """Takes the lock of a run. Whatever this process dies of, the system gives it back; its children never have it.
+
+    False where another process has it, and this one is not to wait.
+    """
+    if directory.resolve() in HELD:
+        return True
+    directory.mkdir(parents=True, exist_ok=True)
+    file = (directory / LOCK).open("ab")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        return False
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+    HELD[directory.resolve()] = file
+    return True
 
 
 def let_go(directory: Path) -> None:

@@ -66,10 +66,11 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)
     start.go_back(run)
-    run.note(**report.facts(trainer), fingerprints=learned["fingerprints"] | model)
+    rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
+    asked = {"asked": report.asked(rows)}
+    run.note(**report.facts(trainer), fingerprints=learned["fingerprints"] | model | asked)
     run.watch([c for c in callbacks if hasattr(c, "on_run_begin")])
 
-    rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
     if start.checkpoint is None:
         before, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
         if cfg.objective not in before:

@@ -72,6 +72,13 @@ class Life:
             time.sleep(0.01)
         raise AssertionError(f"{text!r} was not printed, but:\n{said}")
 
+    def until_there(self, folder: Path, pattern: str, timeout: float = 120) -> None:
+        """Waits until there is a file in a folder, by its pattern. Raises AssertionError where it ends without."""
+        last = time.monotonic() + timeout
+        while not any(folder.glob(pattern)):
+            assert self.running() and time.monotonic() < last, self.stdout + self.stderr
+            time.sleep(0.01)
+
     def running(self) -> bool:
         try:
             self.wait(0.001)

@@ -131,10 +131,12 @@ def test_every_proposal_is_run_with_each_seed_and_told_the_mean(folder, method):
     assert len(batch) == (6 if method == "tpe" else 12)
     heard = []
     found.inner.tell = lambda values, objective, until: heard.append((values, objective, until))
-    for proposal, value in zip(batch, [1.0, 2.0, 6.0, 1.0, math.nan, 3.0], strict=False):
+    for proposal, value in zip(batch, [1.0, 2.0, 6.0, 1.0, None, 3.0], strict=False):
         found.tell(proposal.values, value, proposal.until)
     first, second = ({key: batch[n].values[key] for key in ("rate", "rows")} for n in (0, 3))
     assert heard == [(first, 3.0, batch[0].until), (second, None, batch[0].until)]
+    found.tell(batch[4].values, math.inf, batch[4].until)  # started again, it diverged
+    assert heard[2:] == [(second, math.inf, batch[0].until)]
 
 
 # ---------------------------------------------------------------- halving
@@ -283,10 +285,22 @@ def test_a_process_killed_while_it_wrote_does_not_hold_up_the_next(folder):
     assert time.monotonic() - began < 10  # of another's lock, Optuna waits 30 s for the end
 
 
-def test_what_was_told_is_not_asked_again_and_the_last_word_counts(folder):
+def test_what_failed_is_no_result_and_may_come_to_one(folder):
     found = made("tpe", [METHOD], folder, trials=3, jobs=3)
     for proposal in found.ask():
         found.tell(proposal.values, None, None)
+    assert found.ask() == []
+    again = made("tpe", [METHOD], folder, trials=3, jobs=3)
+    again.tell({"trainer": "dpo"}, 0.5, None)
+    left = [proposal.values["trainer"] for proposal in again.ask()]
+    assert len(left) == 2 and "dpo" not in left
+    assert [trial.value for trial in again.study.trials if trial.state.name == "COMPLETE"] == [0.5]
+
+
+def test_what_was_told_is_not_asked_again_and_the_last_word_counts(folder):
+    found = made("tpe", [METHOD], folder, trials=3, jobs=3)
+    for proposal in found.ask():
+        found.tell(proposal.values, math.inf, None)
     assert found.ask() == [] and set(found.told.values()) == {math.inf}
     found.tell({"trainer": "dpo"}, 0.5, None)
     found.tell({"trainer": "dpo"}, 0.5, None)
@@ -297,7 +311,7 @@ def test_what_was_told_is_not_asked_again_and_the_last_word_counts(folder):
     assert len(again.told) == 3
     assert made("tpe", [METHOD, RATE], folder, trials=1).ask()  # another space
     greater = made("tpe", [METHOD], folder, "eval_accuracy", trials=1)
-    greater.tell({"trainer": "sft"}, None, None)
+    greater.tell({"trainer": "sft"}, -math.inf, None)
     assert list(greater.told.values()) == [-math.inf] and greater.study.direction.name == "MAXIMIZE"
     for value in (1, True):
         made("tpe", [Axis("x", [True, 1, "1"])], folder, trials=3).tell({"x": value}, float(value is True), None)
@@ -423,7 +437,7 @@ def test_the_winner_of_halving_is_of_the_grids_best_two_on_recorded_curves(folde
 def test_the_values_of_an_override(override, values):
     found = axis(read(override))
     kind = [repr(value) for value in values]
-    assert found.key == override.partition("=")[0] and (found.low, found.high) == (None, None)
+    assert found.sign + found.key == override.partition("=")[0] and (found.low, found.high) == (None, None)
     assert (
         sorted(map(repr, found.values)) == sorted(kind) if "glob" in override else list(map(repr, found.values)) == kind
     )

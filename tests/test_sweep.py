@@ -2,7 +2,9 @@
 
 import json
 import random
+import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,10 @@ from survival import came_to, differing
 from test_endings import RUN, equal
 
 from smoltrain.__main__ import main
-from smoltrain.runs import read
+from smoltrain.config.resolvers import register
+from smoltrain.runs import read, there
 from smoltrain.sweep import record
+from smoltrain.sweep.space import Space
 
 TINY = ("data.train_rows=24", "data.test_rows=8", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
 TINY += ("trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=4", "tracking=none")
@@ -176,6 +180,10 @@ def test_rows_that_have_changed_are_not_taken_for_those_of_before(sweep, folder)
     assert main([*command]) == 0
     (folder / "mine.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs[1:]))
     before = logs(folder)
+    assert main([*command]) == main([*command, "data.workers=2"]) == 2 and logs(folder) == before
+    (run,) = folder.glob("multirun/default/*/1_seed-1/run.json")
+    run.write_text(run.read_text().replace('"completed"', '"failed"'))  # nor for those that one that failed began with
+    before = logs(folder)
     assert main([*command]) == 2 and logs(folder) == before
     assert main([*command, "resume=never"]) == 0 and len(logs(folder)) == 4
 
@@ -206,6 +214,131 @@ def test_tpe_asks_for_trials_until_there_are_enough(sweep, folder):
     assert logs(folder) == before and [*again] == [*done]
 
 
+def test_tpe_runs_again_what_failed(sweep, folder):
+    pytest.importorskip("optuna")
+    command = ("sweep=tpe", "sweep.trials=2", "seed=1", "trainer.args.adam_beta1=interval(0.8,0.9)", "threads=1")
+    said, done = sweep(*command, code=1, program=FATES + RUN)
+    assert {trial.status for trial in done.values()} == {"failed"} and "[2/2]" in said and "[1/1]" not in said
+    _, again = sweep(*command)
+    assert [*again] == [*done] and {trial.status for trial in again.values()} == {"completed"}
+
+
+def test_latest_is_one_run_for_all_trials_whenever_they_run(sweep, forked, folder):
+    assert forked(*TINY, "trainer.args.max_steps=1").wait() == 0
+    (first,) = logs(folder)
+    command = ("trainer=dpo", "model.from_run=latest", "seed=0,1")
+    _, done = sweep(*command)
+    assert {trial.run.record["parent"]["directory"] for trial in done.values()} == {str(first)}
+    before = logs(folder)
+    said, _ = sweep(*command)
+    assert "continues the sweep" in said and logs(folder) == before
+    _, more = sweep(*command[:2], "seed=0,1,2")
+    assert more["seed=2"].run.record["parent"]["directory"] == str(first) and len(logs(folder)) == 4
+
+
+def test_a_search_over_what_has_become_another_experiment_is_another_search(sweep, folder):
+    (folder / "own" / "experiment").mkdir(parents=True)
+    mine = folder / "own" / "experiment" / "mine.yaml"
+    command = ("--config-dir=own", "experiment=mine", "name=search", "sweep=random", "sweep.trials=1", "seed=0")
+    for rate in (0.001, 0.002):
+        mine.write_text(f"# @package _global_\ntrainer: {{args: {{learning_rate: {rate}}}}}\n")
+        sweep(*command, "trainer.args.weight_decay=0,0.1")
+    said, _ = sweep(*command, "trainer.args.weight_decay=0,0.1")
+    (older, newer) = record.sweeps(folder / "multirun")[::-1]
+    assert len(record.read(older).trials) == len(record.read(newer).trials) == 1 and "continues the sweep" in said
+    shown = record.read(newer).command
+    assert {"--config-dir=own", "experiment=mine"} <= {*shown} and "resume=never" not in shown
+
+
+def test_a_key_that_is_added_is_of_the_trials_that_were_there_too(sweep, folder):
+    sweep("seed=0,1")
+    _, done = sweep("trainer=sft,dpo", "seed=0,1")
+    assert [*done] == ["trainer=sft seed=0", "trainer=sft seed=1", "trainer=dpo seed=0", "trainer=dpo seed=1"]
+    assert len(logs(folder)) == 4 and done["trainer=sft seed=0"].directory.name == "0_seed-0"
+
+
+def test_of_one_sweep_one_process_is_at_it(forked, folder):
+    command = ("-m", *TINY, "seed=0,1", "trainer.args.max_steps=200", "threads=2")
+    first = forked(*command)
+    first.until_there(folder / "multirun", "*/*/*/run.json")
+    second = forked(*command)
+    assert second.wait() == 2 and "this sweep is running" in second.stderr
+    typed = forked(*command, "hydra.sweep.dir=mine", "name=other")
+    typed.until_there(folder / "mine", "sweep.json")
+    again = forked("-m", *TINY, "seed=5,6", "hydra.sweep.dir=mine")
+    assert again.wait() == 2 and "hydra.sweep.dir=mine: another sweep is there" in again.stderr
+    for life in (first, typed):
+        life.kill(signal.SIGTERM)
+        assert life.wait() == 143
+        assert "2 trials" in life.stdout and "cut off" in life.stdout and "go on" in life.stdout
+
+
+SLOW = """
+import os, time, smoltrain.preflight
+from pathlib import Path
+def slow(cfg):
+    Path('worker').write_text(str(os.getpid()))
+    time.sleep(60)
+smoltrain.preflight.preflight = slow
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_while_rows_are_prepared_leaves_no_process(forked, folder, number):
+    life = forked("-m", *TINY, "seed=0,1", code=SLOW + RUN)
+    life.until_there(folder, "worker")
+    worker = int((folder / "worker").read_text())
+    life.kill(number)
+    assert life.wait() == (143 if number == signal.SIGTERM else -9)
+    last = time.monotonic() + 10
+    while there(worker) and time.monotonic() < last:
+        time.sleep(0.05)
+    assert not there(worker) and not [*folder.glob("multirun/**/sweep.json")]
+
+
+def test_records_that_cannot_be_read_and_runs_that_have_moved_stop_nothing(sweep, folder):
+    sweep("seed=0,1")
+    (broken,) = folder.glob("multirun/default/*/0_seed-0")
+    (broken / "run.json").write_text("")
+    said, done = sweep("seed=0,1", code=1)
+    assert done["seed=1"].status == "completed" and "unreadable" in said and "0_seed-0" in said
+    sweep("seed=1,2")
+    (folder / "elsewhere").mkdir()
+    (folder / "multirun").rename(folder / "elsewhere" / "multirun")
+    (newest, older) = record.sweeps(folder / "elsewhere" / "multirun")
+    assert {trial.status for trial in record.read(newest).trials} == {"completed"}
+    shutil.rmtree(older)
+    (folder / "elsewhere" / "multirun").rename(folder / "multirun")
+    _, again = sweep("seed=1,2")
+    assert {trial.directory.parent.name for trial in again.values()} == {newest.name}
+
+
+def test_a_sweep_is_kept_where_it_is_typed_and_a_preset_may_type_it(sweep, forked, folder):
+    sweep("seed=0", "hydra.sweep.dir=a")
+    said, _ = sweep("seed=0", "hydra.sweep.dir=b")
+    assert "continues" not in said and (folder / "b" / "sweep.json").exists()
+    (folder / "own" / "sweep").mkdir(parents=True)
+    text = "# One\ndefaults: [base, _self_]\nparams: {name: cited, hydra.sweep.dir: 'out/${name}', seed: 0}\n"
+    (folder / "own" / "sweep" / "mine.yaml").write_text(text.replace("seed: 0", "seed: '0,1'"))
+    life = forked("--config-dir=own", "sweep=mine", *TINY)
+    assert life.wait() == 0, life.stderr
+    assert {path.parent.name for path in folder.glob("out/cited/*/run.json")} == {"0_seed-0", "1_seed-1"}
+
+
+def test_a_key_is_the_same_with_whatever_sign_and_values_may_be_nodes():
+    register()
+    space = Space.of([], ["sweep=seeds", "++seed=7,8"])
+    assert [(axis.key, axis.values, axis.sign) for axis in space.axes] == [("seed", [7, 8], "++")]
+    assert "++seed=7" in space.first.overrides and space.first.cfg.seed == 7
+    kinds = "trainer.args.lr_scheduler_kwargs={num_decay_steps:1},{num_decay_steps:2}"
+    space = Space.of(
+        [], [kinds, "trainer.args.lr_scheduler_type=warmup_stable_decay", "trainer.args.max_grad_norm=inf,1"]
+    )
+    trial = space.trial({axis.key: axis.values[0] for axis in space.axes})
+    assert trial.cfg.trainer.args.lr_scheduler_kwargs == {"num_decay_steps": 1}
+    assert trial.cfg.trainer.args.max_grad_norm == float("inf")
+
+
 def test_a_reviewed_file_is_a_sweep(forked, folder):
     (folder / "own" / "sweep").mkdir(parents=True)
     text = "# Two rates\ndefaults: [base, _self_]\nparams: {trainer: dpo, seed: '0,1', trainer.args.beta: 0.2}\n"
@@ -231,6 +364,12 @@ def test_a_reviewed_file_is_a_sweep(forked, folder):
         (("sweep=halving", "seed=1,2", "trainer.args.learning_rate=1,2"), "trainer.args.max_steps"),
         (("sweep=halving", "seed=1,2", "trainer.args.max_steps=8"), "lr_scheduler_type=cosine: sweep=halving compares"),
         (("sweep=nothing", "seed=1,2"), "sweep=nothing: there is no such option"),
+        (("sweep=tpe", "trainer=sft,dpoo,dpo", "sweep.trials=6"), "trainer=dpoo: there is no such option"),
+        (("sweep=tpe", "sweep.trials=0", "seed=1,2"), "sweep.trials=0: a sweep has at least one trial"),
+        (("sweep=tpe", "trainer=sft,dpo", "sweep.trials=2"), "eval_loss measures another thing"),
+        (("-m", "seed=1,2", "pause_at=2"), "pause_at=2: in a sweep, sweep=halving is what pauses"),
+        (("-m", "sweep=null", "seed=1,2"), "one way to choose trials"),
+        (("sweep=tpe,random", "seed=1,2"), "sweep=tpe,random: one way to choose trials"),
         (("sweep.trials=many", "seed=1,2"), "sweep.trials=many"),
         (("sweep.trails=3", "seed=1,2"), "sweep.trails=3 is not a field of"),
         (("-m", "seed=1,2", "hydra.sweep.dir=mine"), "hydra.sweep.dir=mine: it holds report.md"),

@@ -34,6 +34,7 @@ def a_run(directory: Path, overrides: dict, status: str, objective: float | None
     directory.mkdir(parents=True)
     trainer = overrides.get("trainer", "sft")
     args = {"learning_rate": overrides.get("trainer.args.learning_rate", 1e-3), "max_length": 128}
+    args |= {"beta": overrides.get("trainer.args.beta")}
     done = {"completed": 40, "diverged": 7}.get(status, 20)
     metrics = {"before/eval_loss": 4.5} | ({"eval_loss": objective, "exact_match": 0.5} if objective else {})
     kept = {
@@ -55,6 +56,7 @@ def a_run(directory: Path, overrides: dict, status: str, objective: float | None
         "steps": done,
         "max_steps": 40,
         "metrics": metrics,
+        "fingerprints": {} if status == "failed" else dict.fromkeys(("test", "asked"), overrides.get("data.path", "")),
         "objective": objective if status == "completed" else None,
         "error": "smoltrain.runs.Diverged: loss is nan at step 7" if status == "diverged" else None,
         "config": {
@@ -62,6 +64,7 @@ def a_run(directory: Path, overrides: dict, status: str, objective: float | None
             "seed": overrides.get("seed", 0),
             "objective": "eval_loss",
             "trainer": {"_target_": f"trl.{trainer.upper()}Trainer", "args": args},
+            "model": {"name_or_path": overrides.get("model", "tiny")},
             "callbacks": {"tracking": {"_target_": "smoltrain.tracking.Trackio", "project": "smoltrain"}},
         },
     }
@@ -109,6 +112,7 @@ def a_sweep(directory: Path, keys: dict[str, list], came, codes: dict[int, int |
         "end": "2026-11-23T14:03:20+00:00",
         "process": OURS,
         "command": [f"{key}={','.join(map(str, values))}" for key, values in keys.items()],
+        "from_run": {},
         "search": {"method": "grid"},
         "objective": "eval_loss",
         "varied": list(keys),
@@ -123,8 +127,7 @@ def a_sweep(directory: Path, keys: dict[str, list], came, codes: dict[int, int |
 def one_measure(request, monkeypatch):
     """These tests vary trainers and files for their short names; what is then compared apart, one test looks at."""
     if "apart" not in request.fixturenames:
-        monkeypatch.setattr(record, "OTHER_LOSS", ())
-        monkeypatch.setattr(record, "OTHER_ROWS", ())
+        monkeypatch.setattr(record, "measure", lambda *_: [])
 
 
 @pytest.fixture
@@ -498,7 +501,7 @@ def test_as_json_nothing_is_written_and_numbers_are_finite(said, swept):
 
 def test_a_folder_that_cannot_be_written_to_does_not_hide_the_table(pictured, said, swept):
     directory = swept({"data.path": ["a", "b"]}, lambda path: 0.5)
-    (directory / "results.tmp").mkdir()
+    (directory / "results.csv.tmp").mkdir()
     text = said("latest")
     assert "0.5000" in text and "files   not written, " in text
 
@@ -659,7 +662,7 @@ def test_a_trial_that_is_there_twice_is_one_row_and_one_may_be_elsewhere(said, s
     directory = swept({"data.path": ["a", "b", "c"]}, lambda path: {"a": 0.5, "b": 0.6, "c": 0.7}[path])
     shutil.move(directory / "1_path-b", folder / "multirun" / "before")
     kept = json.loads((directory / "sweep.json").read_text())
-    kept["trials"][1]["directory"] = "multirun/before"
+    kept["trials"][1]["directory"] = "../../before"
     for name in ("config_hash", "directory"):
         kept["trials"][2][name] = kept["trials"][0][name]
     (directory / "sweep.json").write_text(json.dumps(kept))
@@ -841,3 +844,24 @@ def test_losses_of_different_trainers_are_not_ranked_against_each_other(apart, s
     assert "measures another thing" not in said("latest")
     swept({"data.path": ["a", "b"]}, lambda path: 0.5, path=f"rows/{STAMP}", objective="exact_match")
     assert "exact_match measures another thing for each data.path" in said("rows")
+
+
+def test_what_is_measured_decides_what_is_compared_and_not_which_key_was_varied(apart, swept, said, folder):
+    margins = {"objective": "eval_rewards/margins"}
+    swept({"trainer.args.beta": [0.1, 1.0]}, lambda beta: beta, path=f"margins/{STAMP}", **margins)
+    assert "margins measures another thing for each trainer.args.beta" in said("margins")
+    swept({"trainer.args.beta": [0.1, 1.0]}, lambda beta: beta, path=f"right/{STAMP}", objective="eval_accuracies")
+    assert "another thing" not in said("right")
+    swept({"experiment": ["a", "b"]}, lambda experiment: 0.5, path=f"same/{STAMP}")
+    assert "another thing" not in said("same")
+    came = {"a": 0.1, "b": 0.2, "c": 0.3}
+    swept({"model": ["a", "b", "c"]}, lambda model: came[model], path=f"models/{STAMP}")
+    for run in (folder / "multirun/models").glob("*/*/run.json"):  # two of them read alike
+        run.write_text(run.read_text().replace('{"name_or_path": "b"}', '{"name_or_path": "a"}'))
+    text = said("models")
+    assert "for each model: each is ranked by itself" in text and "model=a,b" in text and "model=c" in text
+    # What failed before its rows were known stands with those of its values.
+    came = {("sft", 1): 2.0, ("sft", 2): 2.1, ("dpo", 1): 0.6, ("dpo", 2): "failed"}
+    swept({"trainer": ["sft", "dpo"], "seed": [1, 2]}, lambda trainer, seed: came[trainer, seed], path=f"gap/{STAMP}")
+    sft, dpo = said("gap").split("trainer=sft\n")[1].split("trainer=dpo\n")[:2]
+    assert "failed" not in sft.split("\n\n")[0] and "failed" in dpo.split("\n\n")[0]

@@ -26,7 +26,8 @@ from smoltrain.config import ConfigError, at
 from smoltrain.history import LISTED, STYLES, WIDE, parsed, room
 from smoltrain.lines import Line, brief, cut, duration, line, padded, say, short, some, spaced
 from smoltrain.sweep.plots import PICTURE, draw
-from smoltrain.sweep.record import SEED, Sweep, Trial, comparable, exit_code, read, resolve
+from smoltrain.sweep.record import SEED, Sweep, Trial, comparable, exit_code, mend, read, resolve
+from smoltrain.sweep.record import apart as keys_apart
 from smoltrain.sweep.statistics import (
     Comparison,
     Configuration,
@@ -217,9 +218,9 @@ def screen(found: Answer, wide: int) -> list[Line]:
 
 def apart(found: Answer) -> str:
     """Why the trials are not ranked in one table."""
-    keys = " and ".join(key for key in found.sweep.varied if key not in found.parts[0][1].sweep.varied)
-    mend = "; objective=exact_match compares methods" if found.sweep.objective == "eval_loss" else ""
-    return f"{found.sweep.objective} measures another thing for each {keys}: each is ranked by itself{mend}."
+    objective, parts = found.sweep.objective, [[*part.sweep.trials] for _, part in found.parts]
+    keys = " and ".join(keys_apart(parts, found.sweep.varied)) or "of these"
+    return f"{objective} measures another thing for each {keys}: each is ranked by itself{mend(objective)}."
 
 
 def course(sweep: Sweep) -> str:
@@ -387,7 +388,7 @@ def with_seeds(sweep: Sweep) -> str:
     """The sweep's command with three seeds, the one that was used among them: its trials are not run again."""
     used = sorted({trial.run.record["seed"] for trial in sweep.trials if isinstance(trial.run.record.get("seed"), int)})
     first = used[0] if used else 1
-    others = [override for override in sweep.command if not override.startswith(f"{SEED}=")]
+    others = [override for override in sweep.command if not override.lstrip("+").startswith(f"{SEED}=")]
     return shlex.join(["smoltrain", "-m", *others, f"{SEED}={first},{first + 1},{first + 2}"])
 
 
@@ -455,7 +456,7 @@ def influences(found: Answer, wide: int) -> list[Line]:
 def links(found: Answer, files: list[str]) -> list[Line]:
     """Where to look next: the files, the curves of all runs, the best of them. Nothing here is cut: it is copied."""
     told = [("files", files)]
-    if not found.sweep.alive and {*GO_ON} & {*found.sweep.counts}:
+    if not found.sweep.alive and ({*GO_ON} & {*found.sweep.counts} or not found.sweep.end):
         told.append(("go on", [shlex.join(["smoltrain", "-m", *found.sweep.command])]))
     if found.one_seed:
         told.append(("seeds", [with_seeds(found.sweep)]))

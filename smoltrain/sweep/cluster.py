@@ -38,6 +38,9 @@ class Elsewhere(Local):
     name: str
     package: str
 
+    def places(self, config: DictConfig) -> int:
+        return self.at_once or 1
+
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         """Raises ConfigError where the preset's values, this machine or its Python do not allow for it."""
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)

@@ -25,6 +25,7 @@ from smoltrain import runs
 from smoltrain.config.compose import run_job
 from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
+from smoltrain.history import look
 from smoltrain.sweep.progress import Board
 
 # What a trial imports on its way; the classes that its config names come with it.
@@ -70,8 +71,10 @@ class Local(Launcher):
     """Runs the trials of a sweep on this machine, each in a process of its own.
 
     `jobs` of them at a time: by default one for each accelerator, and on the CPU as many as there are cores for the
-    `threads` of each.
+    `threads` of each. Of a sweep that asks for a few trials at a time, `ended` have been run, of those `expected`.
     """
+
+    ended, expected = 0, 0
 
     def __init__(self, jobs: int | None = None) -> None:
         self.at_once = jobs
@@ -84,9 +87,13 @@ class Local(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = [self.job(initial_job_idx + i, [*overrides]) for i, overrides in enumerate(job_overrides)]
-        with Board(len(jobs)) as board:
+        with Board(max(self.expected, len(jobs)), self.ended) as board:
             self.run(jobs, board)
         return [returned(job) for job in jobs]
+
+    def places(self, config: DictConfig) -> int:
+        """How many trials run at a time."""
+        return self.at_once or room(config)
 
     def job(self, number: int, overrides: list[str]) -> Job:
         config = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
@@ -99,7 +106,7 @@ class Local(Launcher):
         """Keeps as many trials running as there is room for, until all have ended; a signal is passed on to them."""
         imported(jobs[0].config)
         waiting, living = jobs[::-1], list[Job]()
-        free = list(range(self.at_once or room(jobs[0].config)))[::-1]
+        free = list(range(self.places(jobs[0].config)))[::-1]
         try:
             while waiting or living:
                 while waiting and free:
@@ -109,7 +116,7 @@ class Local(Launcher):
                     living.append(job)
                     board.started(job.number, job.directory)
                 living = self.look(living, free, board)
-        except KeyboardInterrupt:
+        except BaseException:  # whatever ends this process, none of them outlives it
             stop(living, board)
             raise
 
@@ -128,7 +135,8 @@ class Local(Launcher):
     def start(self, job: Job) -> None:
         job.began = time.monotonic()
         job.directory.mkdir(parents=True, exist_ok=True)
-        environment = {"CUDA_VISIBLE_DEVICES": devices()[job.slot]} if job.slot < len(devices()) else {}
+        gpus = devices()
+        environment = {"CUDA_VISIBLE_DEVICES": gpus[job.slot % len(gpus)]} if gpus else {}
         if unsafe_to_fork():
             job.pid = spawned(job, environment)
             return
@@ -201,14 +209,19 @@ Result = TypeVar("Result")
 def elsewhere(function: Callable[[], Result]) -> Result:
     """What a function returns, or the exception that it raises, in a process of its own: this one computes nothing.
 
-    What computes may start threads, and what has threads cannot be forked.
+    What computes may start threads, and what has threads cannot be forked. It ends when this process does, with the
+    processes that it has started itself.
     """
+    from smoltrain.__main__ import listen
+
     imported_all()
     read, write = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
     if pid == 0:
         try:
+            listen()
+            ends_with_its_parent(signal.SIGTERM)
             answer: Any = function()
         except BaseException as error:  # noqa: BLE001 - it is raised again, where it belongs
             answer = error
@@ -217,9 +230,14 @@ def elsewhere(function: Callable[[], Result]) -> Result:
         sys.stdout.flush()
         os._exit(0)
     os.close(write)
-    with open(read, "rb") as pipe:  # noqa: PTH123
-        told = pipe.read()
-    os.waitpid(pid, 0)
+    try:
+        with open(read, "rb") as pipe:  # noqa: PTH123
+            told = pipe.read()
+    except BaseException:
+        os.kill(pid, signal.SIGTERM)
+        raise
+    finally:
+        os.waitpid(pid, 0)
     answer = pickle.loads(told) if told else RuntimeError("the process that prepared the rows was killed")
     if isinstance(answer, BaseException):
         raise answer
@@ -259,11 +277,16 @@ def outcome(job: Job, task: TaskFunction) -> int:
 def alone(directory: Path) -> None:
     """Makes this process one of its own: its log, its group, and an end when its parent ends."""
     os.setpgid(0, 0)  # Ctrl+C is its parent's, which passes it on
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(KILL_WITH_PARENT, signal.SIGKILL)
+    ends_with_its_parent(signal.SIGKILL)
     log = os.open(directory / runs.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, number)
+
+
+def ends_with_its_parent(number: signal.Signals) -> None:
+    """Has this process get a signal when its parent ends."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(KILL_WITH_PARENT, number)
 
 
 def came_to(done: JobReturn, directory: Path) -> int:
@@ -272,8 +295,7 @@ def came_to(done: JobReturn, directory: Path) -> int:
         error = done._return_value
         traceback.print_exception(error)
         return runs.CODES.get(runs.status_of(error), 1)
-    record = directory / "run.json"
-    return runs.CODES[runs.read(directory)["status"]] if record.is_file() else 2
+    return runs.CODES.get(look(directory, "").record.get("status", "refused"), 2)
 
 
 def spawned(job: Job, environment: dict[str, str]) -> int:
@@ -300,6 +322,7 @@ def ended(job: Job) -> bool:
 def stop(living: list[Job], board: Board) -> None:
     """Passes a signal on to the trials that are running, and waits until they have saved; a second one is passed on."""
     for _ in range(2):
+        living = [job for job in living if job.code is None]
         for job in living:
             os.kill(job.pid, signal.SIGTERM)
         last = time.monotonic() + PATIENCE
@@ -318,8 +341,7 @@ def stop(living: list[Job], board: Board) -> None:
 
 def returned(job: Job) -> JobReturn:
     """What a sweeper is told of a trial: the objective, and of one that came to nothing, the worst value of it."""
-    record = runs.read(job.directory) if (job.directory / "run.json").is_file() else {"objective": None}
-    value = record["objective"] if job.code == 0 else None
+    value = look(job.directory, "").record.get("objective") if job.code == 0 else None
     worst = runs.worst(job.config.objective)
     done = Done(overrides=job.overrides, cfg=job.config, working_dir=str(job.directory))
     done.return_value, done.status = worst if value is None else value, JobStatus.COMPLETED

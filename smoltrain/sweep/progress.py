@@ -13,10 +13,14 @@ EVERY = 0.5  # seconds between two looks at what the trials have written
 
 
 class Board:
-    """The trials of a batch: on a terminal a table of those that run, elsewhere a line for each that has ended."""
+    """The trials of a sweep: on a terminal a table of those that run, elsewhere a line for each that has ended.
 
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.seconds = total, 0, 0.0
+    Of `total`, so many are `done` already.
+    """
+
+    def __init__(self, total: int, done: int = 0) -> None:
+        self.total, self.done, self.seconds = total, done, 0.0
+        self.before = done
         self.running: dict[int, tuple[Path, float]] = {}
         self.console = Console(highlight=False, soft_wrap=True)
         self.live = Live(console=self.console, auto_refresh=False, transient=True)
@@ -49,7 +53,7 @@ class Board:
     def left(self) -> str:
         """The time until all have ended, from the mean of those that have."""
         waiting = self.total - self.done
-        return lines.duration(self.seconds / self.done * waiting / max(len(self.running), 1))
+        return lines.duration(self.seconds / (self.done - self.before) * waiting / max(len(self.running), 1))
 
     def look(self) -> None:
         """Draws the trials that run anew, at most so often."""
@@ -68,10 +72,17 @@ class Board:
 
 def came_to(directory: Path, code: int | None) -> str:
     """How a trial ended, in a few words."""
-    if not (directory / "run.json").is_file():
+    record = history.look(directory, "").record
+    if code == 2:  # what it goes on with, or begins with, is not as it has to be
+        return f"refused: {last_line(directory / runs.LOG)}"
+    if not record:
         return f"failed before it began; read {directory / runs.LOG}" if code else "nothing to do"
-    record = runs.read(directory)
     if record["status"] != "completed":
         return f"{record['status']}: {(str(record['error'] or code).splitlines() or [''])[0]}"
     name = record["config"]["objective"]
     return f"completed  {name} {lines.measured(name, record['objective'])}"
+
+
+def last_line(log: Path) -> str:
+    """The last that a trial has printed."""
+    return next(reversed(log.read_text(errors="replace").split("\n", -1)[:-1]), "") if log.exists() else ""

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cached_property
@@ -16,17 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from smoltrain import runs
-from smoltrain.config import ConfigError, shown, suggest
+from smoltrain.config import ConfigError, at, shown, suggest
 from smoltrain.history import NO_RECORD, Found, below, directories, listing, look
+from smoltrain.lines import brief
 
 FILE = "sweep.json"
 SEED = "seed"  # the key over which results are averaged
-# Keys whose values make a metric another one: on other rows, and for the loss, of another method or tokens.
-OTHER_ROWS = ("data", "data.path", "data.test_path", "data.seed", "data.test_share", "data.test_rows")
-OTHER_LOSS: tuple[str, ...] = ("trainer", "model", "model.name_or_path", "encode.train_on", "trainer.args.max_length")
-OTHER_LOSS += tuple(f"trainer.args.{name}" for name in ("loss_type", "loss_weights", "beta", "label_smoothing"))
+# Of a run's config, what decides what is measured on its held-out rows: the method and what it sees of each row; and of
+# a loss, and the rewards and margins that it is made of, the unit.
+MEASURED: tuple[str, ...] = ("trainer._target_", "model.name_or_path", "encode")
+MEASURED += ("trainer.args.max_length", "trainer.args.truncation_mode")
+UNIT: tuple[str, ...] = ("beta", "loss_type", "loss_weights", "label_smoothing", "label_smoothing_factor", "ld_alpha")
+UNIT += ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "desirable_weight", "undesirable_weight")
 # What the fields of sweep.json are, and of each of its trials.
-SHAPE: dict[str, Any] = {"name": str, "start": str, "end": str | None, "objective": str}
+SHAPE: dict[str, Any] = {"name": str, "start": str, "end": str | None, "objective": str, "from_run": dict}
 SHAPE |= {"process": dict, "search": dict, "command": list, "varied": list, "trials": list}
 TRIAL: dict[str, Any] = {"number": int, "overrides": dict, "config_hash": str, "directory": str, "code": int | None}
 
@@ -106,26 +109,73 @@ class Sweep:
         return {status: statuses.count(status) for status in sorted(set(statuses), key=statuses.index)}
 
 
+def measure(config: dict[str, Any], fingerprints: dict[str, Any], objective: str) -> list[Any] | None:
+    """What an objective is a measure of in a run, as data that is equal where values can be compared.
+
+    None where that is not known yet. What is answered by generation is the same for every method and model.
+    """
+    if objective == "exact_match":
+        return [fingerprints["asked"]] if "asked" in fingerprints else None
+    if "test" not in fingerprints:
+        return None
+    unit = [] if objective.endswith(("accuracy", "accuracies")) else [f"trainer.args.{name}" for name in UNIT]
+    return [fingerprints["test"], *(at(config, key) for key in (*MEASURED, *unit))]
+
+
+def mend(objective: str) -> str:
+    """What to add where an objective cannot be compared."""
+    return "; objective=exact_match compares methods" if objective == "eval_loss" else ""
+
+
 def comparable(sweep: Sweep) -> list[tuple[dict[str, Any], Sweep]]:
-    """The parts of a sweep in each of which the objective measures one thing, with what each part has in common."""
-    apart = [key for key in sweep.varied if key in OTHER_ROWS + OTHER_LOSS * (sweep.objective == "eval_loss")]
-    parts: dict[str, tuple[dict[str, Any], list[Trial]]] = {}
+    """The parts of a sweep in each of which the objective measures one thing, with the values that only it has.
+
+    What never came to be measured is with those of the same values.
+    """
+    parts: dict[str, list[Trial]] = {}
+    rest: list[Trial] = []
     for trial in sweep.trials:
-        shared = {key: trial.overrides[key] for key in apart if key in trial.overrides}
-        parts.setdefault(json.dumps(shared), (shared, []))[1].append(trial)
+        record = trial.run.record
+        of = measure(record.get("config") or {}, record.get("fingerprints") or {}, sweep.objective)
+        (rest if of is None else parts.setdefault(json.dumps(of), [])).append(trial)
     if len(parts) < 2:
         return [({}, sweep)]
-    varied = tuple(key for key in sweep.varied if key not in apart)
-    return [(shared, replace(sweep, trials=tuple(trials), varied=varied)) for shared, trials in parts.values()]
+    every = [*parts.values()]
+    keys = apart(every, sweep.varied)
+    owns = [{key: values(trials, key) for key in keys} for trials in every]
+    for trial in rest:
+        fits = [all(trial.overrides.get(key) in found for key, found in own.items()) for own in owns]
+        every[fits.index(True) if True in fits else 0].append(trial)
+    compared = []
+    for own, trials in zip(owns, every, strict=True):
+        single = [key for key, found in own.items() if len(found) == 1]
+        varied = tuple(key for key in sweep.varied if key not in single)
+        called = {key: found[0] if key in single else ",".join(map(brief, found)) for key, found in own.items()}
+        compared.append((called, replace(sweep, trials=tuple(trials), varied=varied)))
+    return compared
+
+
+def apart(parts: list[list[Trial]], keys: Iterable[str]) -> list[str]:
+    """The keys by which the parts of a sweep are told from one another: no value of theirs is in two of them."""
+    counts = {key: [len(values(trials, key)) for trials in parts] for key in keys}
+    whole = [trial for trials in parts for trial in trials]
+    disjoint = [key for key in counts if sum(counts[key]) == len(values(whole, key))]
+    single = [key for key in disjoint if max(counts[key]) == 1]
+    return single or sorted(disjoint, key=lambda key: sum(counts[key]))[:1]
+
+
+def values(trials: list[Trial], key: str) -> list[Any]:
+    """The different values of a key, in the order of the trials."""
+    return list({json.dumps(trial.overrides.get(key)): trial.overrides.get(key) for trial in trials}.values())
 
 
 def exit_code(sweep: Sweep) -> int:
-    """0 if every trial completed, or was stopped by the search.
+    """0 if every trial completed, or was stopped by a search that got to its end.
 
     1 if any failed or did not get to its end; else 143 for preempted, 3 for diverged.
     """
     statuses = {trial.status for trial in sweep.trials} - {"completed", "stopped"}
-    if statuses - {"preempted", "diverged"}:
+    if statuses - {"preempted", "diverged"} or not (statuses or sweep.end):
         return 1
     return 143 if "preempted" in statuses else 3 if statuses else 0
 
@@ -147,7 +197,7 @@ def read(directory: Path) -> Sweep:
         raise ConfigError(f"{file}: unreadable, {type(error).__name__}: {error}") from error
     trials: dict[tuple[str, Path], Trial] = {}
     for facts in kept["trials"]:
-        own = located(directory, facts["directory"])
+        own = Path(os.path.normpath(directory / facts["directory"]))  # one that ran before the sweep is not in it
         run = look(own, below(str(own), runs.ROOT))
         trial = Trial(facts["number"], facts["overrides"], facts["config_hash"], own, facts["code"], run)
         trials.setdefault((trial.config_hash, own.absolute()), trial)
@@ -170,10 +220,13 @@ def check(facts: dict[str, Any], shape: dict[str, Any], where: str) -> None:
         raise TypeError(f"{where}{wrong[0]} is {shown(facts.get(wrong[0]))}")
 
 
-def located(sweep: Path, directory: str) -> Path:
-    """Where a trial's run is: in the sweep's directory, or, one that was there before it, as seen from here."""
-    inside, elsewhere = sweep / directory, Path(directory)
-    return elsewhere if not (inside / "run.json").exists() and elsewhere.exists() else inside
+def began_with(directory: Path) -> dict[str, str]:
+    """Of the sweep in a directory, what `model.from_run` was typed as, and the run that this meant."""
+    try:
+        found = json.loads((directory / FILE).read_text())["from_run"]
+        return found if isinstance(found, dict) else {}
+    except NO_RECORD:
+        return {}
 
 
 # ---------------------------------------------------------------- which sweep a word means

@@ -47,7 +47,7 @@ class Settings:
 
 @dataclass
 class Axis:
-    """One varied key, as an override begins: its values, or the interval from which they are drawn."""
+    """One varied key: its values, or the interval from which they are drawn. An override of it begins with `sign`."""
 
     key: str
     values: list[Any] | None = None
@@ -55,6 +55,7 @@ class Axis:
     high: float | None = None
     log: bool = False
     integer: bool = False
+    sign: str = ""
 
 
 @dataclass
@@ -70,7 +71,7 @@ class Search(Protocol):
         """What is to be run now, and has not been told; empty when the search is over."""
 
     def tell(self, values: dict[str, Any], objective: float | None, until: int | None) -> None:
-        """What came of a proposal; None where it diverged or failed. Told again, the last word counts."""
+        """What came of a proposal: None where it failed, infinity where it diverged. The last word counts."""
 
 
 def search(
@@ -128,6 +129,8 @@ def check(settings: Settings, axes: list[Axis], steps: int | None) -> None:
         raise ConfigError(f"sweep.trials=null: sweep.search={method} wants the number of trials{of}; sweep.trials=20")
     if method == "halving":
         check_halving(settings, axes, steps)
+    if method == "tpe" and importlib.util.find_spec("optuna") is None:
+        raise ConfigError("sweep.search=tpe: Optuna does it, and is not installed; pip install 'smoltrain[sweep]'")
 
 
 def check_halving(settings: Settings, axes: list[Axis], steps: int | None) -> None:
@@ -152,12 +155,14 @@ def axis(override: "Override", arguments: Sequence[str] = ()) -> Axis:
     """
     from hydra.core.override_parser.types import ChoiceSweep, Glob, IntervalSweep, RangeSweep, ValueType
 
-    key, given = override.get_key_element(), override._value
+    element, given = override.get_key_element(), override._value
+    key = element.lstrip("+")
+    sign = element.removesuffix(key)
     other: set[str] = getattr(given, "tags", set()) - {"log"}
     if other:
         raise ConfigError(f"{override.input_line}: tag({min(other)}, …) says nothing here; the tag that does is log")
     if isinstance(given, IntervalSweep):
-        return interval(key, given, override)
+        return interval(key, given, override, sign)
     found: list[Any] = [given]
     if isinstance(given, Glob):
         found = given.filter(list(options(override.key_or_group, list(arguments))))
@@ -178,16 +183,16 @@ def axis(override: "Override", arguments: Sequence[str] = ()) -> Axis:
     values = list({repr(value): value for value in values}.values())
     if getattr(given, "shuffle", False):
         random.Random(override.input_line).shuffle(values)  # the same order when the sweep is continued
-    return Axis(key, values=values)
+    return Axis(key, values=values, sign=sign)
 
 
-def interval(key: str, given: Any, override: "Override") -> Axis:
+def interval(key: str, given: Any, override: "Override", sign: str) -> Axis:
     low, high, log = given.start, given.end, "log" in given.tags
     if not (math.isfinite(low) and math.isfinite(high) and low < high):
         raise ConfigError(f"{override.input_line}: an interval goes from a number to a greater one")
     if log and low <= 0:
         raise ConfigError(f"{override.input_line}: a logarithm wants an interval above 0; it begins at {low:g}")
-    return Axis(key, low=low, high=high, log=log, integer=isinstance(low, int) and isinstance(high, int))
+    return Axis(key, low=low, high=high, log=log, integer=isinstance(low, int) and isinstance(high, int), sign=sign)
 
 
 def size(axis: Axis) -> int:
@@ -326,7 +331,7 @@ def most_rungs(steps: int, eta: int) -> int:
 
 
 class Seeds:
-    """Another search, each of whose proposals is run with every seed and told the mean; None if one came to nothing."""
+    """Another search, each of whose proposals is run with every seed and told the mean."""
 
     def __init__(self, inner: Search, seeds: list[Any], keys: list[str]) -> None:
         self.inner, self.seeds, self.keys = inner, seeds, keys
@@ -340,20 +345,25 @@ class Seeds:
         return [{key: seed if key == SEED else values[key] for key in self.keys} for seed in self.seeds]
 
     def tell(self, values: dict[str, Any], objective: float | None, until: int | None) -> None:
-        self.told[named(values, until)] = finite(objective)
+        self.told[named(values, until)] = objective
         names = [named(each, until) for each in self.sown(values)]
         if all(name in self.told for name in names):
-            found = [self.told[name] for name in names]
-            good = [value for value in found if value is not None]
             searched = {key: value for key, value in values.items() if key != SEED}
-            self.inner.tell(searched, math.fsum(good) / len(good) if len(good) == len(found) else None, until)
+            self.inner.tell(searched, mean([self.told[name] for name in names]), until)
+
+
+def mean(values: list[float | None]) -> float | None:
+    """Of several seeds: none where one failed, infinity where one diverged."""
+    known = [value for value in values if value is not None]
+    return None if len(known) < len(values) else math.fsum(known) / len(known)
 
 
 class Tpe:
     """The tree-structured Parzen estimator of Optuna, in batches; in its file, it outlives the process.
 
     Bergstra et al. 2011; trials under way count as bad ones, so that a batch is spread (Optuna's constant liar). What
-    diverged or failed is told as the worst there is. A trial that another command began and nobody told of comes first.
+    diverged is told as the worst there is, and what failed as nothing: told again, it may have come to something. A
+    trial that another command began and nobody told of comes first.
     """
 
     def __init__(self, axes: list[Axis], trials: int, seed: int, objective: str, storage: Path, jobs: int) -> None:
@@ -410,16 +420,16 @@ class Tpe:
         return self.study.ask({axis.key: self.distribution(axis) for axis in self.axes})
 
     def tell(self, values: dict[str, Any], objective: float | None, until: int | None) -> None:
-        from optuna.trial import create_trial
+        from optuna.trial import TrialState, create_trial
 
-        name, value = named(values), finite(objective)
-        value = self.worst if value is None else value
+        name = named(values)
+        value = None if objective is None else self.worst if not math.isfinite(objective) else objective
         if name in self.running:
             number, _ = self.running.pop(name)
-            self.study.tell(number, value)
+            self.study.tell(number, value, TrialState.FAIL if value is None else None)
         elif not all(holds(axis, values[axis.key]) for axis in self.axes):
             return  # of a sweep whose values were others
-        elif self.told.get(name) != value:
+        elif value is not None and self.told.get(name) != value:
             kinds = {axis.key: self.distribution(axis) for axis in self.axes}
             self.study.add_trial(create_trial(params=self.params(values), distributions=kinds, value=value))
         self.told[name] = value
@@ -455,12 +465,7 @@ def by_size(values: list[Any]) -> list[Any]:
 
 
 def study(storage: Path, name: str, direction: Literal["minimize", "maximize"]) -> Any:
-    """Optuna's study of this name in a file, made or continued.
-
-    Raises ConfigError where Optuna is not installed.
-    """
-    if importlib.util.find_spec("optuna") is None:
-        raise ConfigError("sweep.search=tpe: Optuna does it, and is not installed; pip install 'smoltrain[sweep]'")
+    """Optuna's study of this name in a file, made or continued."""
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend

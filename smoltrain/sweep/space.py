@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -13,11 +14,15 @@ from omegaconf import DictConfig
 from smoltrain import runs
 from smoltrain.config import ConfigError, plain
 from smoltrain.config.compose import composed, of_run, whole
+from smoltrain.config.groups import options
 from smoltrain.config.overrides import quoted, read, spelled_out
 from smoltrain.config.signatures import signature
+from smoltrain.config.targets import allowed
 from smoltrain.config.validate import lacking, mistyped, resolved, unknown
+from smoltrain.history import resolve
 from smoltrain.reproduce import literal
 from smoltrain.sweep import GROUP, of_sweep
+from smoltrain.sweep.record import began_with
 from smoltrain.sweep.search import Axis, Settings, axis
 
 SETTINGS = f"{Settings.__module__}.{Settings.__name__}"
@@ -53,6 +58,7 @@ class Space:
     constants: list[str]
     axes: list[Axis]
     made: dict[str, Trial] = field(default_factory=dict)
+    parents: dict[str, str] = field(default_factory=dict)  # the directories of the runs that `model.from_run` names
 
     @classmethod
     def of(cls, flags: list[str], overrides: list[str]) -> "Space":
@@ -64,7 +70,7 @@ class Space:
         parsed: dict[str, Override | str] = {}
         for word in words:  # what is typed wins over the preset
             found = read(word)
-            parsed[found.get_key_element() if found else word] = found or word
+            parsed[named(found) if found else word] = found or word
         varied = [o for o in parsed.values() if isinstance(o, Override) and o.is_sweep_override()]
         rest = [str(o.input_line if isinstance(o, Override) else o) for o in parsed.values() if o not in varied]
         if not varied and any(map(of_sweep, overrides)):
@@ -74,15 +80,44 @@ class Space:
 
     def trial(self, values: dict[str, Any]) -> Trial:
         """The run of a combination of values. Raises ConfigError for all that is wrong with it."""
-        varied = [f"{key}={written(key, value)}" for key, value in values.items()]
+        signs = {axis.key: axis.sign for axis in self.axes}
+        varied = [f"{signs.get(key, '')}{key}={written(key, value)}" for key, value in values.items()]
         if " ".join(varied) not in self.made:
             overrides = spelled_out([*self.constants, *varied])
             with outside_hydra():
-                trial = Trial(values, overrides, whole(overrides, [*self.flags, *overrides]))
-            if trial.cfg.resume not in ("auto", "never"):
-                raise ConfigError(f"resume={trial.cfg.resume}: one run goes on at a time; name it without -m")
-            self.made[" ".join(varied)] = trial
+                cfg = whole(overrides, [*self.flags, *overrides])
+            if cfg.resume not in ("auto", "never"):
+                raise ConfigError(f"resume={cfg.resume}: one run goes on at a time; name it without -m")
+            if cfg.pause_at is not None:
+                raise ConfigError(f"pause_at={cfg.pause_at}: in a sweep, sweep=halving is what pauses")
+            if cfg.model.from_run is not None:
+                cfg.model.from_run = parent = self.parent(str(cfg.model.from_run))
+                overrides = [o for o in overrides if o.partition("=")[0].lstrip("+") != "model.from_run"]
+                overrides.append(f"model.from_run={quoted(parent)}")
+            self.made[" ".join(varied)] = Trial(values, overrides, cfg)
         return self.made[" ".join(varied)]
+
+    def parent(self, reference: str) -> str:
+        """The directory of the run that `model.from_run` means, the same one for all trials and whenever they run.
+
+        A trial of a sweep that began with `latest` is not what `latest` means when that sweep is gone on with.
+        """
+        if reference not in self.parents:
+            directory = resolve(reference, completed=True).absolute()
+            while above := began_with(directory.parent).get(reference):
+                directory = Path(above)
+            self.parents[reference] = str(directory)
+        return self.parents[reference]
+
+    @property
+    def command(self) -> list[str]:
+        """What is typed after `smoltrain -m` for the same sweep to go on."""
+        allow = [f"--allow={name}" for name in allowed()]
+        return [*allow, *self.flags, *(o for o in self.overrides if not o.lstrip("+").startswith("resume="))]
+
+    def typed(self, key: str) -> bool:
+        """Whether a key is set for all trials, by whatever was typed or by a preset."""
+        return any(constant.partition("=")[0].lstrip("+") == key for constant in self.constants)
 
     @property
     def first(self) -> Trial:
@@ -101,12 +136,19 @@ def outside_hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = hydra
 
 
+def named(override: Override) -> str:
+    """The key of an override, whatever sign it is typed with; what is removed is another one."""
+    return override.get_key_element().lstrip("+")
+
+
 def settings(overrides: list[str], flags: list[str]) -> Settings:
     """How trials are chosen: by the preset that is named, with what is typed besides."""
-    preset = [o for o in overrides if o.lstrip("+").startswith(f"{GROUP}=")] or [f"{GROUP}=grid"]
-    typed = [
-        f"++{o.lstrip('+')}" for o in overrides if o not in preset
-    ]  # so that a key that there is not, gets here too
+    chosen = [o for o in overrides if o.lstrip("+~").partition("=")[0] == GROUP]
+    read_as = [(o, read(o.removeprefix("~"))) for o in chosen]
+    if strange := [o for o, found in read_as if o.startswith("~") or not (found and isinstance(found._value, str))]:
+        raise ConfigError(f"{strange[0]}: one way to choose trials, {GROUP}={', '.join(options(GROUP, flags))}")
+    preset = chosen or [f"{GROUP}=grid"]
+    typed = [f"++{o.lstrip('+')}" for o in overrides if o not in chosen]  # a key that is none gets here too
     node = plain(composed([preset[-1].lstrip("+"), *typed], flags))
     taken, values = signature(SETTINGS), node[GROUP]
     wrong = [*unknown(GROUP, values, taken, {}), *mistyped(GROUP, values, taken), *lacking(GROUP, values, taken)]

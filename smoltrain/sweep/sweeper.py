@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import re
 import sys
 from functools import partial
 from pathlib import Path
@@ -25,26 +26,28 @@ from smoltrain.config import ConfigError
 from smoltrain.config.overrides import quoted
 from smoltrain.config.resolvers import PLUGIN, label
 from smoltrain.config.validate import resolved
-from smoltrain.history import every
+from smoltrain.history import Found, every, look
 from smoltrain.lines import short
 from smoltrain.sweep import cluster, local, record
-from smoltrain.sweep.search import Proposal, Search, search
+from smoltrain.sweep.search import Proposal, Search, check, search
 from smoltrain.sweep.space import Space, Trial
 
 ENDED = ("completed", "diverged")  # which the same command does not run again
 STORAGE = "optuna.log"
 LEVEL = ("constant", "constant_with_warmup", "warmup_stable_decay")  # schedules whose rungs can be compared
-NAMING = ("name", "experiment")  # what the directory of a sweep hangs on
+NAMING = r"[+~]*(hydra[./]|(name|experiment)(=|$))"  # overrides that say where a sweep is kept, and what launches it
+MANY = 20  # combinations from which on their checking takes seconds; and wrong ones, after which no more are looked at
 
 
 class Sweeper(Plugin):
     """Runs the trials that a search asks for, each once, wherever it has ended before.
 
-    `space` is what the command line was taken apart to, before Hydra was started.
+    `space` is what the command line was taken apart to, before Hydra was started; `directory` is that of the sweep, as
+    soon as there is something in it.
     """
 
     space: Space
-    directory: Path
+    directory: Path | None = None
     config: DictConfig
     hydra_context: HydraContext
     launcher: Launcher
@@ -53,128 +56,180 @@ class Sweeper(Plugin):
         self.loader = Checked(hydra_context.config_loader)
         self.hydra_context = HydraContext(config_loader=self.loader, callbacks=hydra_context.callbacks)
         self.task, self.config = task_function, config
+        self.rows: dict[str, dict[str, str]] = {}
 
-    def sweep(self, arguments: list[str]) -> Path:
-        """Runs the sweep and returns its directory. Raises ConfigError where the directory is of another."""
+    def sweep(self, arguments: list[str]) -> None:
+        """Runs the sweep. Raises ConfigError where its directory is of another, or its trials cannot be compared."""
         self.launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task, self.config)
-        directory, trials = self.place(Path(self.config.hydra.sweep.dir))
-        Sweeper.directory = directory
-        self.fingerprints = local.elsewhere(partial(fingerprints, self.space))
-        runs.hold(directory)
-        self.book = Book(directory, self.facts(trials))
+        directory, facts = self.place(Path(self.config.hydra.sweep.dir))
         try:
+            self.book = Book(directory, self.facts() | facts)
+            self.prepare([self.space.trial(values) for values in begun(self.space)])
+            self.refuse_incomparable()
+            for entry in self.book.trials:
+                self.refuse_other(self.space.trial(entry["overrides"]), entry)
+            Sweeper.directory = directory
             self.run(directory)
-        finally:
             self.book.note(end=runs.now())
+        finally:
             runs.let_go(directory)
-        return directory
+            if Sweeper.directory is None and not (directory / record.FILE).exists():
+                runs.discard(directory)
 
-    def facts(self, trials: list[dict[str, Any]]) -> dict[str, Any]:
-        """What sweep.json says."""
+    def facts(self) -> dict[str, Any]:
+        """What sweep.json says of a sweep that has just begun."""
         space = self.space
         return {
             "name": self.config.name,
             "start": runs.now(),
             "end": None,
             "process": runs.this_process(),
-            "command": space.overrides,
+            "command": space.command,
+            "from_run": space.parents,
             "search": {"method": space.settings.search} | dataclasses.asdict(space.settings),
             "objective": space.first.cfg.objective,
             "varied": [axis.key for axis in space.axes],
-            "trials": trials,
+            "trials": [],
         }
 
     # ------------------------------------------------------------ where
 
-    def place(self, folder: Path) -> tuple[Path, list[dict[str, Any]]]:
-        """The directory of this sweep, and the trials that it has already: its own from before, or a new one."""
-        never = self.space.first.cfg.resume == "never"
-        if (folder / record.FILE).exists():  # which only a typed hydra.sweep.dir can have
-            if never or not self.continues(folder):
-                raise ConfigError(f"hydra.sweep.dir={folder}: another sweep is there; choose another directory")
-            return folder, trials_of(folder)
-        if folder.is_dir() and (inside := sorted(path.name for path in folder.iterdir())):
+    def place(self, folder: Path) -> tuple[Path, dict[str, Any]]:
+        """The directory of this sweep, locked, and what is known of it: its own from before, or a new one."""
+        earlier = [folder] if self.space.typed("hydra.sweep.dir") else record.sweeps(folder.parent)
+        for one in earlier if self.space.first.cfg.resume != "never" else []:
+            if self.continues(one):
+                if not runs.hold(one, wait=False):
+                    raise ConfigError(
+                        f"{short(one)}: this sweep is running; smoltrain sweep {one.name} shows how far it is, "
+                        "resume=never begins another one"
+                    )
+                print(f"continues the sweep {short(one)}")
+                return one, {name: read(one)[name] for name in ("start", "trials")}
+        names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+        inside = sorted(set(names) - {runs.LOCK, f"{record.FILE}.tmp"})
+        if inside and record.FILE not in inside:
             raise ConfigError(f"hydra.sweep.dir={folder}: it holds {inside[0]}; choose one that is new or empty")
-        for earlier in [] if never else record.sweeps(folder.parent):
-            if self.continues(earlier):
-                print(f"continues the sweep {short(earlier)}")
-                return earlier, trials_of(earlier)
-        return folder, []
+        if inside or not runs.hold(folder, wait=False) or (folder / record.FILE).exists():
+            raise ConfigError(f"hydra.sweep.dir={folder}: another sweep is there; choose another directory")
+        return folder, {}
 
     def continues(self, directory: Path) -> bool:
-        """Whether an earlier sweep, whose process is gone, is this one, or lacks only values that are new.
+        """Whether an earlier sweep is this one, or lacks only values that are new.
 
-        A search is the same for the same command; a grid, where all of its trials are asked for now.
+        A search is the same for the same command, whose trials are the same; a grid, where all of its trials are asked
+        for now.
         """
         try:
-            then = json.loads((directory / record.FILE).read_text())
-            same = then["search"] == self.facts([])["search"]
-            if not same or not runs.gone(directory, then["process"]):
+            then = read(directory)
+            if then["search"] != self.facts()["search"] or not then["trials"]:
                 return False
-            if self.space.settings.search != "grid":
-                return sorted(then["command"]) == sorted(self.space.overrides)
             known = {trial["config_hash"] for trial in then["trials"]}
-        except (OSError, ValueError, LookupError, TypeError):  # no sweep of ours
+            if self.space.settings.search == "grid":
+                return known <= {self.space.trial(values).config_hash for values in begun(self.space)}
+            same = sorted(then["command"]) == sorted(self.space.command)
+            return same and known == {self.space.trial(trial["overrides"]).config_hash for trial in then["trials"]}
+        except (OSError, ValueError, LookupError, TypeError):  # no sweep of ours, or its trials are none of now
             return False
-        return known <= {self.space.trial(values).config_hash for values in begun(self.space)}
 
     # ------------------------------------------------------------ what
 
     def run(self, directory: Path) -> None:
         """Asks for trials and runs them, until there is none left to ask for."""
-        chosen = searched(self.space, directory / STORAGE, at_once(self.config))
+        chosen = searched(self.space, directory / STORAGE, self.places())
         alone = self.space.first.cfg.resume == "never" or self.space.settings.search == "halving"
-        self.elsewhere = {} if alone else self.ended_before(directory.parent)
+        self.others = {} if alone else self.ended_before(runs.ROOT / self.config.name)
+        if self.space.settings.search == "tpe":  # which asks once: what did not get to its end is run again
+            self.batch(chosen, [Proposal(entry["overrides"]) for entry in self.book.trials])
         while asked := chosen.ask():
-            todo: dict[str, tuple[Proposal, Trial, dict[str, Any]]] = {}
-            for proposal in asked:
-                trial = self.space.trial(proposal.values)
-                entry = self.book.entry(trial, self.elsewhere)
-                self.refuse_other(trial, entry)
-                known = self.book.objective(entry, proposal.until)
-                if self.book.status(entry) in ENDED or (proposal.until and known is not None):
-                    chosen.tell(proposal.values, known, proposal.until)
-                else:
-                    todo.setdefault(trial.config_hash, (proposal, trial, entry))
-            self.book.note()
+            self.batch(chosen, asked)
+
+    def batch(self, chosen: Search, asked: list[Proposal]) -> None:
+        """Runs those of the proposals that have not been run, and tells the search what came of each."""
+        todo: dict[str, tuple[Proposal, Trial, dict[str, Any]]] = {}
+        for proposal in asked:
+            trial = self.space.trial(proposal.values)
+            entry = self.book.entry(trial, self.elsewhere(trial))
+            reached = proposal.until is not None and self.book.objective(entry, proposal.until) is not None
+            if not (self.book.status(entry) in ENDED or reached):
+                todo.setdefault(trial.config_hash, (proposal, trial, entry))
+        self.book.note()
+        if todo:
             self.launch([*todo.values()])
-            for proposal in asked:
-                entry = self.book.entry(self.space.trial(proposal.values), self.elsewhere)
-                chosen.tell(proposal.values, self.book.objective(entry, proposal.until), proposal.until)
-
-    def ended_before(self, folder: Path) -> dict[str, Path]:
-        """By config hash, the runs of this name that have ended, in whatever sweep or alone; the last one of each."""
-        found: dict[str, Path] = {}
-        for run in reversed(every(folder)):
-            whole = run.status == "diverged" or (run.status == "completed" and (run.directory / "model").is_dir())
-            if whole and self.same_rows(run.record):
-                found[run.record["config_hash"]] = run.directory.absolute()
-        return found
-
-    def same_rows(self, record: dict[str, Any]) -> bool:
-        """Whether a run learned from what it would learn from now."""
-        now = self.fingerprints.get(preparation(record["config"]))
-        return now is None or record.get("fingerprints", {}).items() >= now.items()
-
-    def refuse_other(self, trial: Trial, entry: dict[str, Any]) -> None:
-        """Raises ConfigError where a trial of this sweep learned from what is another thing now."""
-        known = self.book.read(entry)
-        if known.get("status") in ENDED and not self.same_rows(known):
-            raise ConfigError(
-                f"{entry['directory']}: its rows, tokenizer or template are not what they were when it ran; "
-                "resume=never starts a new sweep"
-            )
+        for proposal in asked:
+            entry = self.book.entry(self.space.trial(proposal.values), None)
+            diverged = self.book.status(entry) == "diverged"
+            came_to = runs.worst(self.book.facts["objective"]) if diverged else None
+            chosen.tell(proposal.values, came_to or self.book.objective(entry, proposal.until), proposal.until)
 
     def launch(self, todo: list[tuple[Proposal, Trial, dict[str, Any]]]) -> None:
         """Runs trials, each in the directory that it has in this sweep."""
-        if not todo:
-            return
-        jobs = [self.loader.takes(trial, proposal.until, self.directory, entry) for proposal, trial, entry in todo]
+        jobs = [self.loader.takes(trial, proposal.until, self.book.directory, entry) for proposal, trial, entry in todo]
+        if isinstance(self.launcher, local.Local):
+            settings = self.space.settings
+            seeds = math.prod(len(axis.values or []) for axis in self.space.axes if axis.key == record.SEED)
+            whole = (settings.trials or 0) * seeds if settings.search == "tpe" else 0
+            self.launcher.ended, self.launcher.expected = len(self.book.trials) - len(todo) if whole else 0, whole
         returns = self.launcher.launch(jobs, initial_job_idx=todo[0][2]["number"])
         for (_, _, entry), done in zip(todo, returns, strict=True):
             code = getattr(done, "code", None)
             entry["code"] = self.book.code(entry) if code is None else code
         self.book.note()
+
+    def places(self) -> int:
+        """How many trials the launcher runs at a time, as far as that is known."""
+        return self.launcher.places(self.space.first.cfg) if isinstance(self.launcher, local.Local) else 1
+
+    # ------------------------------------------------------------ shared work
+
+    def prepare(self, trials: list[Trial]) -> None:
+        """Prepares the rows of trials, each kind once, and keeps what they are called. Raises ConfigError, as they do.
+
+        It is done before the first trial begins, and finds the rows in the cache where they are known.
+        """
+        kinds = {preparation(trial): trial.cfg for trial in trials}
+        if new := {kind: cfg for kind, cfg in kinds.items() if kind not in self.rows}:
+            self.rows |= local.elsewhere(partial(fingerprints, new))
+
+    def same_rows(self, known: dict[str, Any], trial: Trial) -> bool:
+        """Whether a run, as its record says, learned from what a trial would learn from now."""
+        self.prepare([trial])
+        return bool(known.get("fingerprints", {}).items() >= self.rows[preparation(trial)].items())
+
+    def refuse_other(self, trial: Trial, entry: dict[str, Any]) -> None:
+        """Raises ConfigError where a trial of this sweep learned from what is another thing now."""
+        known = self.book.read(entry)
+        if known.get("fingerprints") and not self.same_rows(known, trial):
+            raise ConfigError(
+                f"{entry['directory']}: its rows, tokenizer or template are not what they were when it ran; "
+                "resume=never starts a new sweep"
+            )
+
+    def refuse_incomparable(self) -> None:
+        """Raises ConfigError where a search would compare what is another measure for each."""
+        objective, method = self.book.facts["objective"], self.space.settings.search
+        trials = [self.space.trial(values) for values in begun(self.space)] if method in ("tpe", "halving") else []
+        known = [(resolved(trial.cfg)[0], self.rows[preparation(trial)]) for trial in trials]
+        measures = {json.dumps(record.measure(config, prints, objective)): None for config, prints in known}
+        if len(measures) > 1:
+            raise ConfigError(
+                f"sweep={method}: it compares all trials with one another, and {objective} measures another thing in "
+                "some of them than in others; vary what is learned, not what is measured, or use a grid"
+                f"{record.mend(objective)}"
+            )
+
+    def ended_before(self, folder: Path) -> dict[str, list[Found]]:
+        """By config hash, the runs of this name that have ended, in whatever sweep or alone; the last ones first."""
+        found: dict[str, list[Found]] = {}
+        for run in every(folder):
+            if run.status == "diverged" or (run.status == "completed" and (run.directory / "model").is_dir()):
+                found.setdefault(run.record["config_hash"], []).append(run)
+        return found
+
+    def elsewhere(self, trial: Trial) -> Path | None:
+        """Where a trial has been run already, on the rows of now."""
+        alike = self.others.get(trial.config_hash, [])
+        return next((run.directory for run in alike if self.same_rows(run.record, trial)), None)
 
 
 class Checked(ConfigLoaderImpl):
@@ -207,29 +262,34 @@ class Book:
 
     def __init__(self, directory: Path, facts: dict[str, Any]) -> None:
         self.directory, self.facts = directory, facts
-        self.known = {trial["config_hash"]: trial for trial in facts["trials"]}
-        self.note()
+        self.trials: list[dict[str, Any]] = facts["trials"]
+        self.known = {trial["config_hash"]: trial for trial in self.trials}
 
     def note(self, **facts: Any) -> None:
         self.facts |= facts
         runs.write_atomically(self.directory / record.FILE, json.dumps(self.facts, indent=1) + "\n")
 
-    def entry(self, trial: Trial, elsewhere: dict[str, Path]) -> dict[str, Any]:
-        """What stands in sweep.json of a trial; one that is new gets a number and a directory."""
+    def entry(self, trial: Trial, elsewhere: Path | None) -> dict[str, Any]:
+        """What stands in sweep.json of a trial; one that is new gets a number and a directory.
+
+        That is one of its own, in which it will run, unless it has been run elsewhere, and is still there.
+        """
         if trial.config_hash not in self.known:
-            number = 1 + max((one["number"] for one in self.facts["trials"]), default=-1)
-            varied = ",".join(f"{key}={value}" for key, value in trial.values.items())
-            own = f"{number}_{label(varied)}".rstrip("_")
-            entry = {"number": number, "overrides": trial.values, "config_hash": trial.config_hash}
-            entry |= {"directory": str(elsewhere.get(trial.config_hash, own)), "code": None}
-            self.facts["trials"].append(entry)
+            number = 1 + max((one["number"] for one in self.trials), default=-1)
+            entry = {"number": number, "config_hash": trial.config_hash, "directory": "", "code": None}
+            self.trials.append(entry)
             self.known[trial.config_hash] = entry
-        return self.known[trial.config_hash]
+        entry = self.known[trial.config_hash]
+        varied = ",".join(f"{key}={value}" for key, value in trial.values.items())
+        if not self.read(entry):
+            own = f"{entry['number']}_{label(varied)}".rstrip("_")
+            entry["directory"] = os.path.relpath(elsewhere, self.directory) if elsewhere else own
+        entry["overrides"] = trial.values
+        return entry
 
     def read(self, entry: dict[str, Any]) -> dict[str, Any]:
-        """The record of a trial's run; empty where there is none."""
-        folder = record.located(self.directory, entry["directory"])
-        return runs.read(folder) if (folder / "run.json").is_file() else {}
+        """The record of a trial's run; empty where there is none that can be read."""
+        return look(self.directory / entry["directory"], "").record
 
     def status(self, entry: dict[str, Any]) -> str:
         return str(self.read(entry).get("status", "pending"))
@@ -245,61 +305,51 @@ class Book:
         return value if value is not None and math.isfinite(value) else None
 
 
-def trials_of(directory: Path) -> list[dict[str, Any]]:
-    trials: list[dict[str, Any]] = json.loads((directory / record.FILE).read_text())["trials"]
-    return trials
-
-
-def at_once(config: DictConfig) -> int:
-    """How many trials the launcher runs at a time, where it says so."""
-    return int(config.hydra.launcher.get("jobs") or 1)
+def read(directory: Path) -> dict[str, Any]:
+    facts: dict[str, Any] = json.loads((directory / record.FILE).read_text())
+    return facts
 
 
 def searched(space: Space, storage: Path, jobs: int = 1) -> Search:
     """The search that a sweep makes; TPE keeps what it knows in `storage`."""
+    return search(space.settings, space.axes, space.first.cfg.objective, steps_of(space), storage, jobs)
+
+
+def steps_of(space: Space) -> int | None:
+    """The optimizer steps of a trial, where its config says so."""
     steps = int(space.first.cfg.trainer.args.max_steps)
-    return search(space.settings, space.axes, space.first.cfg.objective, steps if steps > 0 else None, storage, jobs)
+    return steps if steps > 0 else None
 
 
 def begun(space: Space) -> list[dict[str, Any]]:
-    """The values of the trials that are known before any has run; of a search that learns, those at both ends."""
+    """The values of the trials that are known before any has run; of a search that learns, each value once."""
     if space.settings.search != "tpe":
         return [proposal.values for proposal in searched(space, Path()).ask()]
-    return [space.first.values, {axis.key: axis.values[-1] if axis.values else axis.high for axis in space.axes}]
+    first = space.first.values
+    return [first | {axis.key: value} for axis in space.axes for value in axis.values or [axis.low, axis.high]]
 
 
-# ---------------------------------------------------------------- shared work
-
-PREPARED = ("data", "encode", "model")  # nodes of a config that decide what its rows are as tokens, and
-ALIKE = ("max_length", "truncation_mode")  # the trainer's arguments that do
-
-
-def preparation(config: dict[str, Any]) -> str:
-    """Names what the rows of a run are made by, so that trials that share it are prepared once."""
+def preparation(trial: Trial) -> str:
+    """Names what the rows of a trial are made by, so that trials that share it are prepared once."""
+    config = resolved(trial.cfg)[0]
     args = config["trainer"]["args"]
-    of_rows = [{node: config[node] for node in PREPARED}, [args.get(name) for name in ALIKE]]
-    return json.dumps([*of_rows, config["trainer"]["_target_"]], sort_keys=True)
+    of_rows = [{name: value for name, value in config["data"].items() if f"data.{name}" not in runs.NOT_IDENTITY}]
+    of_rows += [config["encode"], config["model"], config["trainer"]["_target_"]]
+    return json.dumps([*of_rows, args.get("max_length"), args.get("truncation_mode")], sort_keys=True)
 
 
-def fingerprints(space: Space) -> dict[str, dict[str, str]]:
-    """Prepares the rows of all trials, each kind once, and names them. Raises ConfigError for what would stop a trial.
-
-    It is done before the first trial begins, and finds the rows in the cache where they are known.
-    """
+def fingerprints(cfgs: dict[str, DictConfig]) -> dict[str, dict[str, str]]:
+    """Prepares the rows of configs, and names them. Raises ConfigError for all that would stop one."""
     from smoltrain.preflight import preflight
     from smoltrain.report import rows
 
     found: dict[str, dict[str, str]] = {}
     wrong: dict[str, None] = {}
-    for values in begun(space):
-        cfg = space.trial(values).cfg
-        kind = preparation(resolved(cfg)[0])
-        if kind not in found:
-            cfg = copy.deepcopy(cfg)
-            cfg.trainer.args.output_dir = os.devnull  # which only a run has
-            made = preflight(cfg)
-            wrong |= dict.fromkeys(made.errors)
-            found[kind] = {} if made.errors else rows(made.data, made.chat.tokenizer)["fingerprints"]
+    for kind, cfg in cfgs.items():
+        cfg.trainer.args.output_dir = os.devnull  # which only a run has
+        made = preflight(cfg)
+        wrong |= dict.fromkeys(made.errors)
+        found[kind] = {} if made.errors else rows(made.data, made.chat.tokenizer)["fingerprints"]
     if wrong:
         raise ConfigError("\n".join(wrong))
     return found
@@ -314,14 +364,24 @@ def prepared(flags: list[str], overrides: list[str]) -> tuple[list[str], list[st
     Raises ConfigError for all that is wrong with any trial that is known by now.
     """
     space = Space.of(flags, overrides)
-    for values in begun(space):
-        trial = space.trial(values)
-        if space.settings.search == "halving":
-            refuse_decay(trial)
-    Sweeper.space = space
+    check(space.settings, space.axes, steps_of(space))
+    trials, wrong = begun(space), list[str]()
+    if len(trials) > MANY:
+        print(f"checking {len(trials):,} combinations", file=sys.stderr)
+    for values in trials:
+        try:
+            trial = space.trial(values)
+            if space.settings.search == "halving":
+                refuse_decay(trial)
+        except ConfigError as error:
+            wrong.append(str(error))
+            if len(wrong) == MANY:
+                break
+    if wrong:
+        raise ConfigError("\n".join(dict.fromkeys("\n".join(wrong).splitlines())))
+    Sweeper.space, Sweeper.directory = space, None
     plug_in(Sweeper, local.Local, cluster.Slurm, cluster.Ray)
-    kept = [o for o in overrides if o.partition("=")[0].lstrip("+~").split(".")[0].split("/")[0] in ("hydra", *NAMING)]
-    return ["-m", *space.flags], kept
+    return ["-m", *space.flags], [o for o in space.constants if re.match(NAMING, o)]
 
 
 def refuse_decay(trial: Trial) -> None:
@@ -349,8 +409,8 @@ def plug_in(*plugins: type[Plugin | Launcher]) -> None:
         Plugins.instance().register(plugin)
 
 
-def answered() -> int:
-    """Prints what came of the sweep that this process ran, and returns its exit code."""
+def answered() -> int | None:
+    """Prints what came of the sweep that this process ran, and returns its exit code; None where nothing has run."""
     from smoltrain.sweep.answer import summary
 
-    return summary(Sweeper.directory)
+    return summary(Sweeper.directory) if Sweeper.directory else None
