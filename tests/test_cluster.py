@@ -71,6 +71,16 @@ def sweep(forked, folder):
     return start
 
 
+@pytest.fixture(scope="module")
+def here(lives, tmp_path_factory) -> dict:
+    """What the sweep comes to on this machine, without another program."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "parts.py").write_text(PART)
+    with lives.start((*SWEEP, "name=local", "hydra/launcher=local"), cwd=folder) as life:
+        assert life.wait() == 1, life.stderr
+    return came_to(folder, "local")
+
+
 def came_to(folder: Path, launcher: str) -> dict:
     """Of each trial of a sweep how it ended, what it came to, and its weights."""
     (directory,) = (folder / "multirun" / launcher).iterdir()
@@ -91,7 +101,7 @@ def until(true, seconds: float = 60) -> None:
 
 
 def test_on_slurm_a_job_that_is_cancelled_has_saved_and_goes_on_and_the_end_is_that_of_a_sweep_here(
-    slurm, sweep, folder
+    slurm, sweep, folder, here
 ):
     (folder / "slow").touch()
     first = sweep("slurm")
@@ -108,17 +118,15 @@ def test_on_slurm_a_job_that_is_cancelled_has_saved_and_goes_on_and_the_end_is_t
     assert sweep("slurm").wait() == 1
     record = json.loads((directory / "0_seed-1/run.json").read_text())
     assert [again["step"] > 0 for again in record["resumed"]] == [True]
-    assert sweep("local").wait() == 1
-    assert came_to(folder, "slurm") == came_to(folder, "local")
+    assert came_to(folder, "slurm") == here
     assert [trial[0] for trial in came_to(folder, "slurm").values()] == ["completed", "failed"]
 
 
-def test_on_ray_a_sweep_comes_to_what_it_comes_to_here(sweep, folder):
+def test_on_ray_a_sweep_comes_to_what_it_comes_to_here(sweep, folder, here):
     pytest.importorskip("ray")
     done = sweep("ray")
     assert done.wait() == 1, done.stderr
-    assert sweep("local").wait() == 1
-    assert came_to(folder, "ray") == came_to(folder, "local")
+    assert came_to(folder, "ray") == here
     assert [trial[0] for trial in came_to(folder, "ray").values()] == ["completed", "failed"]
     assert "completed" in done.stdout and "seed 3 is a bad one" in done.stdout
 

@@ -72,12 +72,13 @@ def test_packed_rows_are_counted_too(smoltrain):
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real data sets are not beside this checkout")
+@pytest.mark.parametrize("steps", [25, pytest.param(100, marks=pytest.mark.torture)])
 @pytest.mark.parametrize(
     ("trainer", "file", "rows"),
     [("sft", "gsm8k_train.jsonl", 400), ("sft", "alpaca_en_demo.json", 400), ("dpo", "dpo_en_demo.json", 300)],
 )
-def test_real_rows_are_learned_and_none_is_lost_in_silence(smoltrain, capsys, trainer, file, rows):
-    few = ("data.test_rows=24", f"data.max_rows={rows}", "trainer.args.max_steps=100", "evaluation.max_rows=0")
+def test_real_rows_are_learned_and_none_is_lost_in_silence(smoltrain, capsys, trainer, file, rows, steps):
+    few = ("data.test_rows=24", f"data.max_rows={rows}", f"trainer.args.max_steps={steps}", "evaluation.max_rows=0")
     few += ("trainer.args.max_length=256", "data.test_share=0.1")
     small = ("trainer.args.per_device_train_batch_size=2", "trainer.args.per_device_eval_batch_size=4", "tracking=none")
     (record,) = smoltrain(f"trainer={trainer}", f"data.path={SHARED / file}", quick=(*few, *small))

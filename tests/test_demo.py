@@ -38,8 +38,8 @@ def outcome(home: Path, returncode: int, out: str, error: str, before: set[Path]
 
 @pytest.fixture(scope="module")
 def sft(home):
-    """The first run, which knows nothing of the tests' environment."""
-    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "HF_TOKEN": "hf_none"}
+    """The first run, which knows nothing of the tests' environment but that it has one core."""
+    environment = {"PATH": "/usr/bin:/bin", "HOME": str(home), "HF_TOKEN": "hf_none", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", OFFLINE, "name=demo"]
     done = subprocess.run(command, cwd=home, env=environment, capture_output=True, text=True)
     return outcome(home, done.returncode, done.stdout, done.stderr, set())
@@ -79,7 +79,8 @@ def test_dpo_learns_the_preferences_and_forgets_nothing(run, sft):
     ("trainer", "metric", "reached"), [("sft", "exact_match", 0.4), ("dpo", "eval_rewards/accuracies", 0.9)]
 )
 def test_a_crippled_run_reaches_none_of_it(run, trainer, metric, reached):
-    record, _ = run(f"trainer={trainer}", "trainer.args.learning_rate=0", "data.train_rows=128")
+    few = ("data.train_rows=64", "data.test_rows=64", "evaluation.max_rows=64")
+    record, _ = run(f"trainer={trainer}", "trainer.args.learning_rate=0", *few)
     metrics = record["metrics"]
     assert metrics[metric] - metrics.get(f"before/{metric}", 0) < reached / 2
     assert metrics["eval_loss"] == pytest.approx(metrics["before/eval_loss"], rel=1e-4)
