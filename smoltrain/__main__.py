@@ -236,7 +236,7 @@ def train(arguments: list[str]) -> int:
             return sweep(flags, overrides, task)
         else:
             run_once(flags, overrides, task)
-    except ConfigError:
+    except (ConfigError, BrokenPipeError):
         raise
     except (*COMPOSING, OSError) as error:
         if 1 in exits:  # not composing, but from within a run
@@ -263,12 +263,13 @@ def sweep(flags: list[str], overrides: list[str], task: "TaskFunction") -> int:
     command = prepared(flags, overrides)
     try:
         hydra(*command, task)
-    except ConfigError:
-        raise
     except (KeyboardInterrupt, Exception) as error:
         if answered() is None or isinstance(error, KeyboardInterrupt):  # None: it had not begun
             raise
-        failed(type(error), error, error.__traceback__)
+        if isinstance(error, ConfigError):
+            print(error, file=sys.stderr)
+        else:
+            failed(type(error), error, error.__traceback__)
         return 1
     return answered() or 0
 
@@ -294,11 +295,14 @@ def looked_at(flags: list[str], overrides: list[str]) -> tuple[list[str], list[s
 def run_once(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
     """Checks the config of a run, and runs it: in a directory of its own, or where it goes on with another one."""
 
+    from hydra.types import RunMode
+
     from smoltrain.config.compose import of_run, run_job, whole
     from smoltrain.resume import continued
 
     flags, overrides = with_its_own(flags, overrides)
     cfg = whole(overrides, [*flags, *overrides])
+    cfg.hydra.mode = RunMode.RUN
     if directory := continued(of_run(cfg), overrides):
         cfg.hydra.run.dir = str(directory)
     run_job(cfg, task, "hydra.run.dir").return_value  # noqa: B018 - it raises what the task did
@@ -390,6 +394,11 @@ def stray(argument: str, flag: str) -> str:
 def check_flags(flags: list[str]) -> None:
     """Raises ConfigError for a flag that a run does not take; argparse would complete what begins like one."""
     valued, before = False, ""
+    names = [flag.partition("=")[0] for flag in flags]
+    if alone := {"--resolve", "--package", "-p"} & {*names} if not {"--cfg", "-c"} & {*names} else set():
+        raise ConfigError(f"{min(alone)}: it is about what --cfg job shows, and runs nothing")
+    if names.count("--config-dir") + names.count("-cd") > 1:
+        raise ConfigError("--config-dir: one folder; hydra.searchpath=[one,other] names several")
     for flag in flags:
         name = flag.partition("=")[0]
         if valued and flag.startswith("-"):

@@ -58,13 +58,13 @@ def facts(trainer: Any) -> dict[str, Any]:
 
 
 def asked(rows: list[dict[str, Any]]) -> str:
-    """A hash of what is answered by generation, and of the answers that are right."""
+    """A hash of what is answered by generation, in whatever order, and of the answers that are right."""
     import hashlib
 
     from smoltrain.data.tokens import question
 
-    questions = [[question(row), row.get("answer")] for row in rows]
-    return hashlib.sha256(json.dumps(questions, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    texts = sorted(json.dumps([question(row), row.get("answer")], sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:16]
 
 
 def fingerprint(model: Any) -> str:

@@ -195,7 +195,7 @@ def overview(arguments: list[str]) -> str:
     for group in defaults():
         if group in TOGETHER:
             choices = f"{group}={'|'.join(options(group, arguments))}"
-            lines.append(f"  {choices:40}{TOGETHER[group]}")
+            lines.append(f"  {choices:38}  {TOGETHER[group]}")
             continue
         lines += [f"  {f'{group}={option}':30}{text}" for option, text in options(group, arguments).items()]
     lines += ["", *EXAMPLES.splitlines()]

@@ -197,6 +197,8 @@ def test_halving_stops_the_worst_and_goes_on_with_the_best(sweep, folder):
     [best] = [name for name, trial in done.items() if trial.status == "completed"]
     early = {name: trial.run.record["paused"]["2"] for name, trial in done.items()}
     assert min(early, key=early.get) == best and "3 stopped" in said
+    assert all(f"stopped at {value:.4f}" in said for name, value in early.items() if name != best)
+    assert f"paused at step 2  eval_loss {early[best]:.4f}" in said and "preempted" not in said
     before = logs(folder)
     sweep("sweep=halving", rates, *level)
     assert logs(folder) == before
@@ -223,6 +225,20 @@ def test_tpe_runs_again_what_failed(sweep, folder):
     assert [*again] == [*done] and {trial.status for trial in again.values()} == {"completed"}
 
 
+def test_values_that_do_not_go_together_cost_a_search_one_trial(sweep, folder):
+    pytest.importorskip("optuna")
+    best = (
+        "load_best_model_at_end=true",
+        "save_strategy=steps",
+        "eval_strategy=steps",
+        "save_steps=2,3",
+        "eval_steps=1,2",
+    )
+    command = ("sweep=tpe", "sweep.trials=4", "hydra.launcher.jobs=1", *(f"trainer.args.{one}" for one in best))
+    said, done = sweep(*command)
+    assert len(done) == 3 and "save_steps=3" in said and "3 trials, searched by tpe: 3 completed" in said
+
+
 def test_latest_is_one_run_for_all_trials_whenever_they_run(sweep, forked, folder):
     assert forked(*TINY, "trainer.args.max_steps=1").wait() == 0
     (first,) = logs(folder)
@@ -234,6 +250,9 @@ def test_latest_is_one_run_for_all_trials_whenever_they_run(sweep, forked, folde
     assert "continues the sweep" in said and logs(folder) == before
     _, more = sweep(*command[:2], "seed=0,1,2")
     assert more["seed=2"].run.record["parent"]["directory"] == str(first) and len(logs(folder)) == 4
+    said, other = sweep(*command[:2], "seed=3,4", "trainer.args.beta=0.2")  # another sweep, for which it is another one
+    assert other["seed=3"].run.record["parent"]["directory"] != str(first)
+    assert f"{more['seed=2'].directory.name}, for all trials" in said
 
 
 def test_a_search_over_what_has_become_another_experiment_is_another_search(sweep, folder):
@@ -277,23 +296,29 @@ SLOW = """
 import os, time, smoltrain.preflight
 from pathlib import Path
 def slow(cfg):
-    Path('worker').write_text(str(os.getpid()))
+    Path('writing').write_text(str(os.getpid()))
+    Path('writing').rename('worker')
     time.sleep(60)
 smoltrain.preflight.preflight = slow
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_while_rows_are_prepared_leaves_no_process(forked, folder, number):
+def test_a_signal_while_rows_are_prepared_leaves_no_process(sweep, forked, folder, number):
     life = forked("-m", *TINY, "seed=0,1", code=SLOW + RUN)
     life.until_there(folder, "worker")
     worker = int((folder / "worker").read_text())
+    again = forked("-m", *TINY, "seed=0,1")
+    assert again.wait() == 2 and "this sweep is running" in again.stderr
     life.kill(number)
     assert life.wait() == (143 if number == signal.SIGTERM else -9)
     last = time.monotonic() + 10
     while there(worker) and time.monotonic() < last:
         time.sleep(0.05)
-    assert not there(worker) and not [*folder.glob("multirun/**/sweep.json")]
+    assert not there(worker)
+    assert number == signal.SIGKILL or not [*folder.glob("multirun/**/sweep.json")]
+    _, done = sweep("seed=0,1")  # which has begun nothing, and is taken up
+    assert len(record.sweeps(folder / "multirun")) == 1 and len(done) == 2
 
 
 def test_records_that_cannot_be_read_and_runs_that_have_moved_stop_nothing(sweep, folder):
@@ -322,6 +347,12 @@ def test_a_sweep_is_kept_where_it_is_typed_and_a_preset_may_type_it(sweep, forke
     (folder / "own" / "sweep" / "mine.yaml").write_text(text.replace("seed: 0", "seed: '0,1'"))
     life = forked("--config-dir=own", "sweep=mine", *TINY)
     assert life.wait() == 0, life.stderr
+    (folder / "far" / "away").mkdir(parents=True)
+    sweep("seed=0")
+    (folder / "multirun" / "link").symlink_to(folder / "far" / "away")  # what has been run, is not run through it
+    sweep("seed=0", "hydra.sweep.dir=multirun/link/sweep")
+    assert len([*folder.glob("multirun/default/*/*/run.json")]) == 1 and not [*folder.glob("far/**/run.json")]
+    assert [trial.status for trial in record.read(folder / "far" / "away" / "sweep").trials] == ["completed"]
     assert {path.parent.name for path in folder.glob("out/cited/*/run.json")} == {"0_seed-0", "1_seed-1"}
 
 
@@ -341,8 +372,9 @@ def test_a_key_is_the_same_with_whatever_sign_and_values_may_be_nodes():
 
 def test_a_reviewed_file_is_a_sweep(forked, folder):
     (folder / "own" / "sweep").mkdir(parents=True)
-    text = "# Two rates\ndefaults: [base, _self_]\nparams: {trainer: dpo, seed: '0,1', trainer.args.beta: 0.2}\n"
+    text = "# Two rates\ndefaults: [base, _self_]\nparams: {trainer: dpo, seed: [0, 1], trainer.args.beta: 0.2}\n"
     (folder / "own" / "sweep" / "mine.yaml").write_text(text)
+    assert [axis.values for axis in Space.of(["--config-dir=own"], ["sweep=mine"]).axes] == [[0, 1]]
     life = forked("--config-dir=own", "+sweep=mine", *TINY, "seed=3,4")  # what is typed wins
     assert life.wait() == 0, life.stderr
     done = trials(folder)
@@ -367,7 +399,10 @@ def test_a_reviewed_file_is_a_sweep(forked, folder):
         (("sweep=tpe", "trainer=sft,dpoo,dpo", "sweep.trials=6"), "trainer=dpoo: there is no such option"),
         (("sweep=tpe", "sweep.trials=0", "seed=1,2"), "sweep.trials=0: a sweep has at least one trial"),
         (("sweep=tpe", "trainer=sft,dpo", "sweep.trials=2"), "eval_loss measures another thing"),
+        (("sweep=tpe", "evaluation.max_rows=2,4", "objective=exact_match"), "exact_match measures another thing"),
         (("-m", "seed=1,2", "pause_at=2"), "pause_at=2: in a sweep, sweep=halving is what pauses"),
+        (("-m", "seed=1,2", "seed=3"), "seed=3: seed is given twice"),
+        (("-m", "seed=1,2", "name=a,b"), "name=a,b: one for the whole sweep"),
         (("-m", "sweep=null", "seed=1,2"), "one way to choose trials"),
         (("sweep=tpe,random", "seed=1,2"), "sweep=tpe,random: one way to choose trials"),
         (("sweep.trials=many", "seed=1,2"), "sweep.trials=many"),
@@ -379,6 +414,7 @@ def test_bad_input_is_said_before_the_first_trial(folder, capfd, arguments, mess
     (folder / "mine").mkdir()
     (folder / "mine" / "report.md").write_text("mine")
     few = [o for o in TINY if "max_steps" not in o and not (o.startswith("data.") and "data.path" in str(arguments))]
+    few = [o for o in few if o.partition("=")[0] not in str(arguments)]
     assert main([*arguments, *few]) == 2
     said = capfd.readouterr().err
     assert message in said and "Traceback" not in said

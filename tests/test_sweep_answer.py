@@ -64,7 +64,8 @@ def a_run(directory: Path, overrides: dict, status: str, objective: float | None
             "seed": overrides.get("seed", 0),
             "objective": "eval_loss",
             "trainer": {"_target_": f"trl.{trainer.upper()}Trainer", "args": args},
-            "model": {"name_or_path": overrides.get("model", "tiny")},
+            "model": {"name_or_path": overrides.get("model", "tiny"), "from_run": overrides.get("model.from_run")},
+            "evaluation": {"max_new_tokens": overrides.get("evaluation.max_new_tokens")},
             "callbacks": {"tracking": {"_target_": "smoltrain.tracking.Trackio", "project": "smoltrain"}},
         },
     }
@@ -109,6 +110,8 @@ def a_sweep(directory: Path, keys: dict[str, list], came, codes: dict[int, int |
     kept = {
         "name": directory.parent.name,
         "start": "2026-11-23T14:00:00+00:00",
+        "since": "2026-11-23T14:00:00+00:00",
+        "seconds": 200,
         "end": "2026-11-23T14:03:20+00:00",
         "process": OURS,
         "command": [f"{key}={','.join(map(str, values))}" for key, values in keys.items()],
@@ -854,6 +857,14 @@ def test_what_is_measured_decides_what_is_compared_and_not_which_key_was_varied(
     assert "another thing" not in said("right")
     swept({"experiment": ["a", "b"]}, lambda experiment: 0.5, path=f"same/{STAMP}")
     assert "another thing" not in said("same")
+    swept({"model.from_run": ["a", "b"]}, lambda from_run: 0.5, path=f"started/{STAMP}")
+    assert "another thing" not in said("started")
+    keys = {"trainer.args.beta": [0.1], "model.from_run": ["a", "b"]}
+    swept(keys, lambda beta, from_run: 0.5, path=f"reference/{STAMP}")
+    assert "eval_loss measures another thing for each model.from_run" in said("reference")
+    keys = {"evaluation.max_new_tokens": [2, 8]}
+    swept(keys, lambda max_new_tokens: 0.5, path=f"cut/{STAMP}", objective="exact_match")
+    assert "exact_match measures another thing for each evaluation.max_new_tokens" in said("cut")
     came = {"a": 0.1, "b": 0.2, "c": 0.3}
     swept({"model": ["a", "b", "c"]}, lambda model: came[model], path=f"models/{STAMP}")
     for run in (folder / "multirun/models").glob("*/*/run.json"):  # two of them read alike

@@ -14,6 +14,7 @@ import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -45,7 +46,7 @@ NARROW = 5  # columns for a value of the table, at least
 PLACES = (4, 7)  # digits after the point of an objective, at least and at most
 GO_ON = ("pending", *runs.UNFINISHED)  # what the same command runs
 MARGIN = 8  # columns for the labels of the last lines
-LINK = 600  # letters of a link, from which on it is only in results.json
+LINK = 250  # letters of a link, from which on it is only in results.json
 DASHBOARD = "http://127.0.0.1:7860/"  # where Trackio's is, unless something else is there
 
 
@@ -166,23 +167,27 @@ def summary(directory: Path) -> int:
 
 def tell(found: Answer) -> None:
     """Prints the answer, and writes it into the sweep's directory, the picture after the table: it takes a second."""
-    say(screen(found, room()))
-    sys.stdout.flush()
-    say(links(found, written(found)))
-
-
-def written(found: Answer) -> list[str]:
-    """Writes the answer's files; which there are, or why there are none."""
     directory = found.sweep.directory
-    try:
+    with suppress(OSError):  # which `drawn` says
         runs.write_atomically(directory / "results.csv", as_table(found.sweep))
         runs.write_atomically(directory / "results.json", json.dumps(as_data(found), indent=1, allow_nan=False) + "\n")
+    say(screen(found, room()))
+    sys.stdout.flush()
+    say(links(found, drawn(found)))
+
+
+def drawn(found: Answer) -> list[str]:
+    """Draws the answer; which files there are of it, or why there are none."""
+    directory = found.sweep.directory
+    try:
+        for name in FILES:
+            (directory / name).stat()
         pictures = [picture(called) for called, _ in found.parts]
-        drawn = all(draw(directory / name, part) for name, (_, part) in zip(pictures, found.parts, strict=True))
+        done = all(draw(directory / name, part) for name, (_, part) in zip(pictures, found.parts, strict=True))
     except OSError as error:
         return [f"not written, {error}"]
-    missing = [] if drawn else [f"no {PICTURE}: matplotlib draws it, and is not installed; pip install matplotlib"]
-    return [", ".join(str(short(directory / name)) for name in [*FILES, *(pictures if drawn else [])]), *missing]
+    missing = [] if done else [f"no {PICTURE}: matplotlib draws it, and is not installed; pip install matplotlib"]
+    return [", ".join(str(short(directory / name)) for name in [*FILES, *(pictures if done else [])]), *missing]
 
 
 FILES = ("results.csv", "results.json")
@@ -228,8 +233,9 @@ def course(sweep: Sweep) -> str:
     many = some(len(sweep.trials), "trial")
     statuses = ", ".join(f"{count} {status}" for status, count in sweep.counts.items())
     searched = "" if sweep.search.get("method", "grid") == "grid" else f", searched by {sweep.search['method']}"
-    took = duration(((sweep.end or datetime.now(UTC)) - sweep.start).total_seconds())
-    when = f"in {took}" if sweep.end else f"for {took} now" if sweep.alive else "cut off"
+    when = f"in {duration(sweep.seconds)}" if sweep.end else "cut off"
+    if sweep.alive:
+        when = f"for {duration((datetime.now(UTC) - sweep.since).total_seconds())} now"
     return f"{many}{searched}: {statuses or 'none yet'}; {when}"
 
 
@@ -278,6 +284,8 @@ def remark(found: Answer, one: Configuration) -> tuple[str, str]:
     if not one.ranked:
         if not found.seeded:
             missing = one.status == "completed"
+            if (value := one.trials[0].paused) is not None:
+                return f"stopped at {within(Estimate(value, None, 1), *precision(found.sweep.objective, []))}", "dim"
             return (f"no {found.sweep.objective}" if missing else one.status), STYLES.get(one.status, "dim")
         seeds: dict[str, list[str]] = {}
         for trial in one.trials:
@@ -357,11 +365,14 @@ def remarks(found: Answer) -> list[str]:
     elif found.seeded:
         said.append(
             f"{sweep.objective}: the mean over the seeds ± half of its 95 % confidence interval (Student's t); "
-            f"{better} is better."
+            f"{better} is better. It is about seeds alone: the {held_out(sweep)} are the same for all."
         )
     else:
-        said.append(f"{sweep.objective}: {better} is better.")
-    if found.seeded and len(ranked) < len(found.standings):
+        said.append(f"{sweep.objective}, on the {held_out(sweep)}: {better} is better.")
+    if before := baseline(sweep):
+        share, digits = precision(sweep.objective, [before])
+        said.append(f"Before training: {within(before, share, digits)}.")
+    if found.seeded and any(not one.ranked and one.status != "stopped" for one in found.standings):
         said.append(
             "A configuration of which a seed did not complete is not ranked: its mean is of the seeds that did, and "
             "the others may have been the hard ones."
@@ -382,6 +393,27 @@ def remarks(found: Answer) -> list[str]:
     if sweep.trials and not any(trial.run.record for trial in sweep.trials):
         said.append("Of none of these trials there is a record: if they ran, their directories are gone.")
     return said
+
+
+MOST_ROWS = "config.evaluation.max_rows"
+
+
+def held_out(sweep: Sweep) -> str:
+    """How many held-out rows there are; as many are answered by generation as `evaluation.max_rows` allows."""
+    rows = next((kept for trial in sweep.trials if (kept := at(trial.run.record, "rows.test.kept"))), None)
+    asked = next((most for trial in sweep.trials if (most := at(trial.run.record, MOST_ROWS))), None)
+    if rows and asked and sweep.objective == "exact_match":
+        rows = min(rows, asked)
+    return some(rows, "held-out row") if rows else "held-out rows"
+
+
+def baseline(sweep: Sweep) -> Estimate | None:
+    """What the objective was before training, where all trials began alike."""
+    before = {
+        at(trial.run.record, "metrics").get(f"before/{sweep.objective}") for trial in sweep.trials if trial.metrics
+    }
+    value = before.pop() if len(before) == 1 else None
+    return None if value is None else Estimate(value, None, 1)
 
 
 def with_seeds(sweep: Sweep) -> str:
@@ -411,7 +443,8 @@ def compared(found: Answer, wide: int) -> list[Line]:
     caption = (
         f"{alike} of {len(found.comparisons)} not distinguishable from the best: there p is over 0.05. "
         "The mean of the differences over the seeds that both have ± half of its 95 % confidence interval; p of the "
-        f"paired t-test, corrected by Holm for all {pairs} pairs, for the best was chosen by its results."
+        f"paired t-test, corrected by Holm for all {pairs} pairs, for the best was chosen by its results. The interval "
+        "is that of one difference alone, uncorrected."
         if pairs > 1
         else "The mean of the differences over the seeds that both have ± half of its 95 % confidence interval; p of "
         "the paired t-test. Not distinguishable: p is over 0.05."
@@ -465,7 +498,7 @@ def links(found: Answer, files: list[str]) -> list[Line]:
         overlaid += [f"or, where smoltrain dashboard runs, {found.dashboard}"] if len(found.dashboard) < LINK else []
         told.append(("curves", overlaid))
     for called, part in found.parts:
-        if not part.best:
+        if not part.best or part.sweep.varied == (SEED,):  # of seeds, the best one is the luckiest
             continue
         directory = short(part.best.directory)
         go_on = [f"model.from_run={directory} starts a run from it"] if (directory / "model").is_dir() else []
@@ -578,6 +611,7 @@ def row(trial: Trial) -> dict[str, Any]:
         "objective": trial.objective,
         "steps": trial.run.steps if record else None,
         "max_steps": record.get("max_steps"),
+        "paused": record.get("paused") or None,
         "seconds": record.get("seconds"),
         "config_hash": trial.config_hash,
         "directory": str(trial.directory),
@@ -608,7 +642,18 @@ def as_table(sweep: Sweep) -> str:
     return file.getvalue()
 
 
-FACTS = ("number", "status", "objective", "steps", "max_steps", "seconds", "config_hash", "directory", "error")
+FACTS = (
+    "number",
+    "status",
+    "objective",
+    "steps",
+    "max_steps",
+    "paused",
+    "seconds",
+    "config_hash",
+    "directory",
+    "error",
+)
 
 
 def simple(value: Any) -> Any:

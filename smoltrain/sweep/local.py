@@ -26,6 +26,7 @@ from smoltrain.config.compose import run_job
 from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
 from smoltrain.history import look
+from smoltrain.lines import some
 from smoltrain.sweep.progress import Board
 
 # What a trial imports on its way; the classes that its config names come with it.
@@ -104,9 +105,11 @@ class Local(Launcher):
 
     def run(self, jobs: list[Job], board: Board) -> None:
         """Keeps as many trials running as there is room for, until all have ended; a signal is passed on to them."""
+        places = self.places(jobs[0].config)
+        board.say(f"{some(len(jobs), 'trial')} to run{f', {places} at a time' if places > 1 else ''}")
         imported(jobs[0].config)
         waiting, living = jobs[::-1], list[Job]()
-        free = list(range(self.places(jobs[0].config)))[::-1]
+        free = list(range(places))[::-1]
         try:
             while waiting or living:
                 while waiting and free:
@@ -220,28 +223,44 @@ def elsewhere(function: Callable[[], Result]) -> Result:
     pid = os.fork()
     if pid == 0:
         try:
-            listen()
-            ends_with_its_parent(signal.SIGTERM)
-            answer: Any = function()
-        except BaseException as error:  # noqa: BLE001 - it is raised again, where it belongs
-            answer = error
-        with open(write, "wb") as pipe:  # noqa: PTH123 - a number of an open file
-            pickle.dump(answer, pipe)
-        sys.stdout.flush()
-        os._exit(0)
+            try:
+                listen()
+                ends_with_its_parent(signal.SIGTERM)
+                answer: Any = function()
+            except BaseException as error:  # noqa: BLE001 - it is raised again, where it belongs
+                answer = error
+            with open(write, "wb") as pipe:  # noqa: PTH123 - a number of an open file
+                pickle.dump(answer, pipe)
+            sys.stdout.flush()
+        finally:
+            os._exit(0)
     os.close(write)
     try:
         with open(read, "rb") as pipe:  # noqa: PTH123
             told = pipe.read()
     except BaseException:
-        os.kill(pid, signal.SIGTERM)
+        end(pid)
         raise
-    finally:
-        os.waitpid(pid, 0)
+    os.waitpid(pid, 0)
     answer = pickle.loads(told) if told else RuntimeError("the process that prepared the rows was killed")
     if isinstance(answer, BaseException):
         raise answer
     return answer
+
+
+def end(pid: int) -> None:
+    """Ends a process of ours, at once or within PATIENCE."""
+    os.kill(pid, signal.SIGTERM)
+    last = time.monotonic() + PATIENCE
+    try:
+        while time.monotonic() < last:
+            if os.waitpid(pid, os.WNOHANG)[0]:
+                return
+            time.sleep(POLL)
+    except KeyboardInterrupt:
+        pass
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
 
 
 # ---------------------------------------------------------------- in the process of a trial

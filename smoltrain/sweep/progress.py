@@ -1,5 +1,6 @@
 """What a person sees of a sweep while it runs: a line for each trial, and the time that is left."""
 
+import signal
 import time
 from pathlib import Path
 
@@ -77,9 +78,14 @@ def came_to(directory: Path, code: int | None) -> str:
         return f"refused: {last_line(directory / runs.LOG)}"
     if not record:
         return f"failed before it began; read {directory / runs.LOG}" if code else "nothing to do"
-    if record["status"] != "completed":
-        return f"{record['status']}: {(str(record['error'] or code).splitlines() or [''])[0]}"
     name = record["config"]["objective"]
+    if record["status"] == "preempted" and (value := record["paused"].get(str(record["steps"]))) is not None:
+        return f"paused at step {record['steps']}  {name} {lines.measured(name, value)}"
+    if code is not None and code < 0:
+        return f"{record['status']}: killed by {signal.Signals(-code).name}"
+    if record["status"] != "completed":
+        why = (str(record["error"] or code).splitlines() or [""])[0].removeprefix("smoltrain.runs.Diverged: ")
+        return f"{record['status']}: {why}"
     return f"completed  {name} {lines.measured(name, record['objective'])}"
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from smoltrain import runs
 from smoltrain.config import ConfigError, at, shown, suggest
 from smoltrain.history import NO_RECORD, Found, below, directories, listing, look
-from smoltrain.lines import brief
+from smoltrain.lines import brief, short
 
 FILE = "sweep.json"
 SEED = "seed"  # the key over which results are averaged
@@ -31,6 +31,7 @@ UNIT += ("f_divergence_type", "f_alpha_divergence_coef", "use_weighting", "desir
 # What the fields of sweep.json are, and of each of its trials.
 SHAPE: dict[str, Any] = {"name": str, "start": str, "end": str | None, "objective": str, "from_run": dict}
 SHAPE |= {"process": dict, "search": dict, "command": list, "varied": list, "trials": list}
+SHAPE |= {"since": str, "seconds": int | float}
 TRIAL: dict[str, Any] = {"number": int, "overrides": dict, "config_hash": str, "directory": str, "code": int | None}
 
 
@@ -60,9 +61,14 @@ class Trial:
         return value if value is not None and math.isfinite(value) else None
 
     @property
+    def paused(self) -> float | None:
+        """What the objective was where the search stopped it."""
+        return self.run.record["paused"][str(self.run.steps)] if self.status == "stopped" else None
+
+    @property
     def error(self) -> str | None:
         """Why it did not complete, as far as its record or its exit code tells."""
-        if self.status == "completed":
+        if self.status in ("completed", "stopped"):
             return None
         if told := self.run.record.get("error"):
             return str(told)
@@ -89,6 +95,8 @@ class Sweep:
     directory: Path
     name: str
     start: datetime
+    since: datetime  # when the last of the processes that were at it began
+    seconds: float  # that they were at it, but for what the one that is alive has not noted yet
     end: datetime | None
     alive: bool  # whether its process is still at it
     command: tuple[str, ...]
@@ -114,16 +122,20 @@ def measure(config: dict[str, Any], fingerprints: dict[str, Any], objective: str
 
     None where that is not known yet. What is answered by generation is the same for every method and model.
     """
-    if objective == "exact_match":
-        return [fingerprints["asked"]] if "asked" in fingerprints else None
-    if "test" not in fingerprints:
+    if not {"asked", "test"} <= {*fingerprints}:
         return None
+    if objective == "exact_match":
+        return [fingerprints["asked"], at(config, "evaluation.max_new_tokens")]
     unit = [] if objective.endswith(("accuracy", "accuracies")) else [f"trainer.args.{name}" for name in UNIT]
+    if at(config, "trainer.args.beta") is not None:  # it is measured against what training starts from
+        unit.append("model.from_run")
     return [fingerprints["test"], *(at(config, key) for key in (*MEASURED, *unit))]
 
 
 def mend(objective: str) -> str:
     """What to add where an objective cannot be compared."""
+    if objective == "exact_match":
+        return "; of one set of held-out rows, evaluation.max_rows may ask each a part of its own: let it ask all"
     return "; objective=exact_match compares methods" if objective == "eval_loss" else ""
 
 
@@ -192,12 +204,16 @@ def read(directory: Path) -> Sweep:
         for trial in kept["trials"]:
             check(trial, TRIAL, "trials: ")
         alive = kept["end"] is None and not runs.gone(directory, kept["process"])
-        start, end = (kept[name] and datetime.fromisoformat(kept[name]).astimezone(UTC) for name in ("start", "end"))
+        start, since, end = (
+            kept[name] and datetime.fromisoformat(kept[name]).astimezone(UTC) for name in ("start", "since", "end")
+        )
     except NO_RECORD as error:
         raise ConfigError(f"{file}: unreadable, {type(error).__name__}: {error}") from error
     trials: dict[tuple[str, Path], Trial] = {}
     for facts in kept["trials"]:
-        own = Path(os.path.normpath(directory / facts["directory"]))  # one that ran before the sweep is not in it
+        own = directory / facts["directory"]
+        if ".." in own.parts:  # it ran before the sweep, and is not in it
+            own = short(own.resolve())
         run = look(own, below(str(own), runs.ROOT))
         trial = Trial(facts["number"], facts["overrides"], facts["config_hash"], own, facts["code"], run)
         trials.setdefault((trial.config_hash, own.absolute()), trial)
@@ -205,6 +221,8 @@ def read(directory: Path) -> Sweep:
         directory=directory,
         name=kept["name"],
         start=start,
+        since=since,
+        seconds=kept["seconds"],
         end=end,
         alive=alive,
         command=tuple(kept["command"]),
@@ -220,20 +238,11 @@ def check(facts: dict[str, Any], shape: dict[str, Any], where: str) -> None:
         raise TypeError(f"{where}{wrong[0]} is {shown(facts.get(wrong[0]))}")
 
 
-def began_with(directory: Path) -> dict[str, str]:
-    """Of the sweep in a directory, what `model.from_run` was typed as, and the run that this meant."""
-    try:
-        found = json.loads((directory / FILE).read_text())["from_run"]
-        return found if isinstance(found, dict) else {}
-    except NO_RECORD:
-        return {}
-
-
 # ---------------------------------------------------------------- which sweep a word means
 
 
 def sweeps(root: Path = runs.ROOT) -> list[Path]:
-    """The directories of all sweeps below a folder, the one that started last first."""
+    """The directories of all sweeps below a folder, the one that was begun or gone on with last first."""
     return [Path(folder) for folder in sorted(folders(str(root)), key=began, reverse=True)]
 
 
@@ -253,10 +262,10 @@ def folders(folder: str) -> Iterator[str]:
 
 
 def began(folder: str) -> tuple[str, str]:
-    """When a sweep began, as far as can be told, and where it is."""
+    """When a sweep began, or went on, as far as can be told, and where it is."""
     file = Path(folder, FILE)
     try:
-        return str(json.loads(file.read_text())["start"]), folder
+        return str(json.loads(file.read_text())["since"]), folder
     except NO_RECORD:
         return datetime.fromtimestamp(file.stat().st_mtime, UTC).isoformat(timespec="seconds"), folder
 
@@ -316,5 +325,5 @@ def instead(reference: str, at: Path | None, root: Path, trails: list[str]) -> s
         pass
     if not trails:
         return f"there is no sweep in {root.absolute()} yet; smoltrain -m trainer=sft,dpo makes one"
-    words = {word for trail in trails for word in trail.strip("/").split("/")}
+    words = {"latest"} | {word for trail in trails for word in trail.strip("/").split("/")}
     return f"no sweep of that name, stamp or path in {root.absolute()}{suggest(reference, words)}"

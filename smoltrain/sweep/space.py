@@ -2,9 +2,8 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from hydra.core.global_hydra import GlobalHydra
@@ -22,7 +21,6 @@ from smoltrain.config.validate import lacking, mistyped, resolved, unknown
 from smoltrain.history import resolve
 from smoltrain.reproduce import literal
 from smoltrain.sweep import GROUP, of_sweep
-from smoltrain.sweep.record import began_with
 from smoltrain.sweep.search import Axis, Settings, axis
 
 SETTINGS = f"{Settings.__module__}.{Settings.__name__}"
@@ -65,13 +63,21 @@ class Space:
         """Raises ConfigError where the preset is wrong, nothing is varied, or an axis has no value."""
         flags = [flag for flag in flags if flag not in ("-m", "--multirun")]
         chosen = settings([o for o in overrides if of_sweep(o)], flags)
-        words = [f"{k}={values if isinstance(values, str) else literal(values)}" for k, values in chosen.params.items()]
-        words += [o for o in overrides if not of_sweep(o)]
         parsed: dict[str, Override | str] = {}
-        for word in words:  # what is typed wins over the preset
+        for word in [f"{key}={listed(values)}" for key, values in chosen.params.items()]:
             found = read(word)
             parsed[named(found) if found else word] = found or word
+        seen: set[str] = set()
+        for word in [o for o in overrides if not of_sweep(o)]:  # what is typed wins over the preset
+            found = read(word)
+            key = named(found) if found else word
+            if key in seen and any(isinstance(o, Override) and o.is_sweep_override() for o in (found, parsed[key])):
+                raise ConfigError(f"{word}: {key} is given twice; name all of its values in one place")
+            parsed[key] = found or word
+            seen.add(key)
         varied = [o for o in parsed.values() if isinstance(o, Override) and o.is_sweep_override()]
+        if strange := [o for o in varied if named(o) == "name" or named(o).startswith("hydra")]:
+            raise ConfigError(f"{strange[0].input_line}: one for the whole sweep; it is no part of an experiment")
         rest = [str(o.input_line if isinstance(o, Override) else o) for o in parsed.values() if o not in varied]
         if not varied and any(map(of_sweep, overrides)):
             typed = next(filter(of_sweep, overrides))
@@ -98,16 +104,14 @@ class Space:
         return self.made[" ".join(varied)]
 
     def parent(self, reference: str) -> str:
-        """The directory of the run that `model.from_run` means, the same one for all trials and whenever they run.
-
-        A trial of a sweep that began with `latest` is not what `latest` means when that sweep is gone on with.
-        """
+        """The directory of the run that `model.from_run` means, the same one for all trials and whenever they run."""
         if reference not in self.parents:
-            directory = resolve(reference, completed=True).absolute()
-            while above := began_with(directory.parent).get(reference):
-                directory = Path(above)
-            self.parents[reference] = str(directory)
+            self.parents[reference] = str(resolve(reference, completed=True).absolute())
         return self.parents[reference]
+
+    def started_from(self, parents: dict[str, str]) -> "Space":
+        """The same with these runs as what `model.from_run` means: `latest` is another one since a sweep began."""
+        return self if parents == self.parents else replace(self, parents=dict(parents), made={})
 
     @property
     def command(self) -> list[str]:
@@ -139,6 +143,13 @@ def outside_hydra() -> Iterator[None]:
 def named(override: Override) -> str:
     """The key of an override, whatever sign it is typed with; what is removed is another one."""
     return override.get_key_element().lstrip("+")
+
+
+def listed(values: Any) -> str:
+    """The values of a key in a preset, as they are typed: a text as it is, of a list each."""
+    if isinstance(values, list):
+        return ",".join(map(literal, values))
+    return values if isinstance(values, str) else literal(values)
 
 
 def settings(overrides: list[str], flags: list[str]) -> Settings:

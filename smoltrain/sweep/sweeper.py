@@ -6,8 +6,8 @@ import importlib
 import json
 import math
 import os
-import re
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -35,7 +35,6 @@ from smoltrain.sweep.space import Space, Trial
 ENDED = ("completed", "diverged")  # which the same command does not run again
 STORAGE = "optuna.log"
 LEVEL = ("constant", "constant_with_warmup", "warmup_stable_decay")  # schedules whose rungs can be compared
-NAMING = r"[+~]*(hydra[./]|(name|experiment)(=|$))"  # overrides that say where a sweep is kept, and what launches it
 MANY = 20  # combinations from which on their checking takes seconds; and wrong ones, after which no more are looked at
 
 
@@ -61,20 +60,24 @@ class Sweeper(Plugin):
     def sweep(self, arguments: list[str]) -> None:
         """Runs the sweep. Raises ConfigError where its directory is of another, or its trials cannot be compared."""
         self.launcher = Plugins.instance().instantiate_launcher(self.hydra_context, self.task, self.config)
-        directory, facts = self.place(Path(self.config.hydra.sweep.dir))
+        directory, known = self.place(Path(self.config.hydra.sweep.dir))
+        self.book = Book(directory, self.facts() | known)
+        if not known:
+            self.book.note()  # it is seen while its rows are prepared
         try:
-            self.book = Book(directory, self.facts() | facts)
             self.prepare([self.space.trial(values) for values in begun(self.space)])
             self.refuse_incomparable()
             for entry in self.book.trials:
                 self.refuse_other(self.space.trial(entry["overrides"]), entry)
+            self.book.note()
             Sweeper.directory = directory
             self.run(directory)
             self.book.note(end=runs.now())
         finally:
-            runs.let_go(directory)
-            if Sweeper.directory is None and not (directory / record.FILE).exists():
+            if Sweeper.directory is None and not known:
+                (directory / record.FILE).unlink()
                 runs.discard(directory)
+            runs.let_go(directory)
 
     def facts(self) -> dict[str, Any]:
         """What sweep.json says of a sweep that has just begun."""
@@ -82,6 +85,8 @@ class Sweeper(Plugin):
         return {
             "name": self.config.name,
             "start": runs.now(),
+            "since": runs.now(),
+            "seconds": 0,
             "end": None,
             "process": runs.this_process(),
             "command": space.command,
@@ -98,14 +103,16 @@ class Sweeper(Plugin):
         """The directory of this sweep, locked, and what is known of it: its own from before, or a new one."""
         earlier = [folder] if self.space.typed("hydra.sweep.dir") else record.sweeps(folder.parent)
         for one in earlier if self.space.first.cfg.resume != "never" else []:
-            if self.continues(one):
-                if not runs.hold(one, wait=False):
-                    raise ConfigError(
-                        f"{short(one)}: this sweep is running; smoltrain sweep {one.name} shows how far it is, "
-                        "resume=never begins another one"
-                    )
-                print(f"continues the sweep {short(one)}")
-                return one, {name: read(one)[name] for name in ("start", "trials")}
+            if (found := self.as_it_is(one)) is None:
+                continue
+            if not runs.gone(one, read(one)["process"]) or not runs.hold(one, wait=False):
+                raise ConfigError(
+                    f"{short(one)}: this sweep is running; smoltrain sweep {one.name} shows how far it is, "
+                    "resume=never begins another one"
+                )
+            print(f"continues the sweep {short(one)}")
+            Sweeper.space = found
+            return one, {name: read(one)[name] for name in ("start", "seconds", "trials")}
         names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
         inside = sorted(set(names) - {runs.LOCK, f"{record.FILE}.tmp"})
         if inside and record.FILE not in inside:
@@ -114,23 +121,26 @@ class Sweeper(Plugin):
             raise ConfigError(f"hydra.sweep.dir={folder}: another sweep is there; choose another directory")
         return folder, {}
 
-    def continues(self, directory: Path) -> bool:
-        """Whether an earlier sweep is this one, or lacks only values that are new.
+    def as_it_is(self, directory: Path) -> Space | None:
+        """What is asked for, where an earlier sweep is this one, or lacks only values that are new; else None.
 
         A search is the same for the same command, whose trials are the same; a grid, where all of its trials are asked
-        for now.
+        for now. What `model.from_run` named when it began, it names still.
         """
         try:
             then = read(directory)
-            if then["search"] != self.facts()["search"] or not then["trials"]:
-                return False
+            space = self.space.started_from(then["from_run"])
+            same = sorted(then["command"]) == sorted(space.command)
+            if then["search"] != self.facts()["search"]:
+                return None
             known = {trial["config_hash"] for trial in then["trials"]}
-            if self.space.settings.search == "grid":
-                return known <= {self.space.trial(values).config_hash for values in begun(self.space)}
-            same = sorted(then["command"]) == sorted(self.space.command)
-            return same and known == {self.space.trial(trial["overrides"]).config_hash for trial in then["trials"]}
+            if known and space.settings.search == "grid":
+                same = known <= {space.trial(values).config_hash for values in begun(space)}
+            elif same:
+                same = known == {space.trial(trial["overrides"]).config_hash for trial in then["trials"]}
         except (OSError, ValueError, LookupError, TypeError):  # no sweep of ours, or its trials are none of now
-            return False
+            return None
+        return space if same else None
 
     # ------------------------------------------------------------ what
 
@@ -147,8 +157,16 @@ class Sweeper(Plugin):
     def batch(self, chosen: Search, asked: list[Proposal]) -> None:
         """Runs those of the proposals that have not been run, and tells the search what came of each."""
         todo: dict[str, tuple[Proposal, Trial, dict[str, Any]]] = {}
-        for proposal in asked:
-            trial = self.space.trial(proposal.values)
+        for proposal in [*asked]:
+            try:
+                trial = self.space.trial(proposal.values)
+            except ConfigError as error:  # values that do not go together, which only a search that learns still finds
+                print(
+                    f"{' '.join(f'{key}={value}' for key, value in proposal.values.items())}: {error}", file=sys.stderr
+                )
+                chosen.tell(proposal.values, None, proposal.until)
+                asked.remove(proposal)
+                continue
             entry = self.book.entry(trial, self.elsewhere(trial))
             reached = proposal.until is not None and self.book.objective(entry, proposal.until) is not None
             if not (self.book.status(entry) in ENDED or reached):
@@ -264,9 +282,10 @@ class Book:
         self.directory, self.facts = directory, facts
         self.trials: list[dict[str, Any]] = facts["trials"]
         self.known = {trial["config_hash"]: trial for trial in self.trials}
+        self.before, self.began = facts["seconds"], time.monotonic()
 
     def note(self, **facts: Any) -> None:
-        self.facts |= facts
+        self.facts |= facts | {"seconds": round(self.before + time.monotonic() - self.began)}
         runs.write_atomically(self.directory / record.FILE, json.dumps(self.facts, indent=1) + "\n")
 
     def entry(self, trial: Trial, elsewhere: Path | None) -> dict[str, Any]:
@@ -283,7 +302,8 @@ class Book:
         varied = ",".join(f"{key}={value}" for key, value in trial.values.items())
         if not self.read(entry):
             own = f"{entry['number']}_{label(varied)}".rstrip("_")
-            entry["directory"] = os.path.relpath(elsewhere, self.directory) if elsewhere else own
+            there = elsewhere and os.path.relpath(elsewhere.resolve(), self.directory.resolve())
+            entry["directory"] = there or own
         entry["overrides"] = trial.values
         return entry
 
@@ -334,14 +354,15 @@ def preparation(trial: Trial) -> str:
     config = resolved(trial.cfg)[0]
     args = config["trainer"]["args"]
     of_rows = [{name: value for name, value in config["data"].items() if f"data.{name}" not in runs.NOT_IDENTITY}]
-    of_rows += [config["encode"], config["model"], config["trainer"]["_target_"]]
+    of_rows += [config["encode"], config["model"], config["trainer"]["_target_"], config["evaluation"]["max_rows"]]
     return json.dumps([*of_rows, args.get("max_length"), args.get("truncation_mode")], sort_keys=True)
 
 
 def fingerprints(cfgs: dict[str, DictConfig]) -> dict[str, dict[str, str]]:
     """Prepares the rows of configs, and names them. Raises ConfigError for all that would stop one."""
+    from smoltrain.evaluate import to_answer
     from smoltrain.preflight import preflight
-    from smoltrain.report import rows
+    from smoltrain.report import SAMPLES, asked, rows
 
     found: dict[str, dict[str, str]] = {}
     wrong: dict[str, None] = {}
@@ -349,7 +370,9 @@ def fingerprints(cfgs: dict[str, DictConfig]) -> dict[str, dict[str, str]]:
         cfg.trainer.args.output_dir = os.devnull  # which only a run has
         made = preflight(cfg)
         wrong |= dict.fromkeys(made.errors)
-        found[kind] = {} if made.errors else rows(made.data, made.chat.tokenizer)["fingerprints"]
+        if not made.errors:
+            found[kind] = rows(made.data, made.chat.tokenizer)["fingerprints"]
+            found[kind]["asked"] = asked(to_answer(made.data.examples(cfg.evaluation.max_rows), SAMPLES))
     if wrong:
         raise ConfigError("\n".join(wrong))
     return found
@@ -380,8 +403,10 @@ def prepared(flags: list[str], overrides: list[str]) -> tuple[list[str], list[st
     if wrong:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(wrong).splitlines())))
     Sweeper.space, Sweeper.directory = space, None
+    for reference, directory in space.parents.items():
+        print(f"model.from_run={reference}: {short(Path(directory))}, for all trials")
     plug_in(Sweeper, local.Local, cluster.Slurm, cluster.Ray)
-    return ["-m", *space.flags], [o for o in space.constants if re.match(NAMING, o)]
+    return ["-m", *space.flags], space.first.overrides  # of which Hydra takes where it is kept, and what launches it
 
 
 def refuse_decay(trial: Trial) -> None:
@@ -411,6 +436,8 @@ def plug_in(*plugins: type[Plugin | Launcher]) -> None:
 
 def answered() -> int | None:
     """Prints what came of the sweep that this process ran, and returns its exit code; None where nothing has run."""
+    if Sweeper.directory is None:
+        return None
     from smoltrain.sweep.answer import summary
 
-    return summary(Sweeper.directory) if Sweeper.directory else None
+    return summary(Sweeper.directory)
