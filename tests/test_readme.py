@@ -11,16 +11,15 @@ from smoltrain.config import plain
 from smoltrain.config.compose import compose, composed
 from smoltrain.config.groups import options
 from smoltrain.config.overrides import spelled_out
+from smoltrain.config.resolvers import register
 from smoltrain.data import sums
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def block(language: str) -> str:
-    """README's only block of a language."""
-    (text,) = re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
-    return text
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -49,8 +48,9 @@ def newcomer(folder):
     told(sums.conversations).to_json(str(folder / "my.jsonl"))
     told(sums.preferences).to_json(str(folder / "pairs.jsonl"))
     (folder / "my.csv").write_text("ask,reply\n" + "".join(f"{i} + 2 =,{i + 2}\n" for i in range(60)))
-    (folder / "my_conf" / "experiment").mkdir(parents=True)
-    (folder / "my_conf" / "experiment" / "mine.yaml").write_text(block("yaml"))
+    for group, name, text in zip(("experiment", "sweep"), ("mine", "rates"), blocks("yaml"), strict=True):
+        (folder / "my_conf" / group).mkdir(parents=True)
+        (folder / "my_conf" / group / f"{name}.yaml").write_text(text)
     (folder / "tests").symlink_to(ROOT / "tests")
     return folder
 
@@ -90,6 +90,15 @@ def test_a_search_ends_in_a_table(newcomer, capsys, command):
     assert "1 completed" in capsys.readouterr().out.replace("2 completed", "1 completed")
 
 
+def test_the_own_sweep_is_the_one_that_is_typed(newcomer):
+    from smoltrain.sweep.space import Space
+
+    register()
+    own = Space.of(["--config-dir", "my_conf"], ["sweep=rates"])
+    typed = Space.of([], ["trainer.args.learning_rate=3e-4,1e-3,3e-3", "seed=1,2,3"])
+    assert [(axis.key, axis.values) for axis in own.axes] == [(axis.key, axis.values) for axis in typed.axes]
+
+
 @pytest.mark.parametrize("command", BEYOND, ids=" ".join)
 def test_a_sweep_beyond_this_machine_is_one_that_can_be_started(command):
     from smoltrain.sweep.sweeper import prepared
@@ -111,7 +120,7 @@ def test_the_own_experiment_trains_an_adapter_stops_early_and_is_loaded_as_shown
     (record,) = smoltrain("--config-dir=my_conf", quick=("experiment=mine", *tiny, *still))
     assert (record["name"], record["choices"]["peft"], record["steps"]) == ("mine", "lora", 4)
     model = capsys.readouterr().out.split("\nmodel  ")[1].splitlines()[0]
-    exec(block("python").replace("multirun/…/model", model), {})
+    exec(blocks("python")[0].replace("multirun/…/model", model), {})
     assert capsys.readouterr().out.startswith("<|im_start|>user\nMia has 21 beads")
 
 
@@ -239,6 +248,7 @@ def test_every_option_that_readme_names_exists():
             "dpoo",
             "wrong",
             "slow",
+            "rates",
         }
         for option in re.findall(rf"(?<![\w.]){group}=([\w.]+)", README):
             assert option in known, f"{group}={option}"

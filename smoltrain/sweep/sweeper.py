@@ -212,7 +212,8 @@ class Sweeper(Plugin):
     def same_rows(self, known: dict[str, Any], trial: Trial) -> bool:
         """Whether a run, as its record says, learned from what a trial would learn from now."""
         self.prepare([trial])
-        return bool(known.get("fingerprints", {}).items() >= self.rows[preparation(trial)].items())
+        was = known.get("fingerprints", {})  # of one that was killed as it began, not all of them
+        return all(was.get(name, value) == value for name, value in self.rows[preparation(trial)].items())
 
     def refuse_other(self, trial: Trial, entry: dict[str, Any]) -> None:
         """Raises ConfigError where a trial of this sweep learned from what is another thing now."""
