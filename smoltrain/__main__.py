@@ -231,7 +231,7 @@ def train(arguments: list[str]) -> int:
     try:
         check_flags(flags)
         if LOOKING & {flag.partition("=")[0] for flag in flags}:
-            hydra(*looked_at(flags, overrides), task)
+            by_hydra(*looked_at(flags, overrides), task)
         elif asked_for(flags, overrides):
             return sweep(flags, overrides, task)
         else:
@@ -248,8 +248,8 @@ def train(arguments: list[str]) -> int:
     return max(exits, default=0)
 
 
-def hydra(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
-    """Gives a command line to Hydra."""
+def by_hydra(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
+    """Runs a checked command line by Hydra's own main."""
     import hydra
 
     sys.argv = ["smoltrain", *flags, *overrides]
@@ -262,7 +262,7 @@ def sweep(flags: list[str], overrides: list[str], task: "TaskFunction") -> int:
 
     command = prepared(flags, overrides)
     try:
-        hydra(*command, task)
+        by_hydra(*command, task)
     except (KeyboardInterrupt, Exception) as error:
         if answered() is None or isinstance(error, KeyboardInterrupt):  # None: it had not begun
             raise
@@ -294,7 +294,6 @@ def looked_at(flags: list[str], overrides: list[str]) -> tuple[list[str], list[s
 
 def run_once(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
     """Checks the config of a run, and runs it: in a directory of its own, or where it goes on with another one."""
-
     from hydra.types import RunMode
 
     from smoltrain.config.compose import of_run, run_job, whole

@@ -86,7 +86,7 @@ def with_its_own(flags: list[str], overrides: list[str]) -> tuple[list[str], lis
         return flags, overrides
     record = opened(resolved_run(str(given[-1]))).record
     folders = naming(record.get("config_dirs", []))
-    if len(folders) == 1:
+    if len(folders) == 1:  # an override, for there are several
         overrides = [*folders, *overrides]
     elif not {"--config-dir", "-cd"} & {flag.partition("=")[0] for flag in flags}:
         flags = [*flags, *folders]

@@ -89,6 +89,19 @@ def smoltrain(folder):
     return run
 
 
+@pytest.fixture
+def printed(capsys):
+    """Runs a command line that only shows something, and returns what it prints, on the stream where it belongs."""
+
+    def run(*arguments: str, code: int = 0) -> str:
+        assert main([*arguments]) == code
+        captured = capsys.readouterr()
+        assert (captured.err if code == 0 else captured.out) == ""
+        return captured.out + captured.err
+
+    return run
+
+
 @pytest.fixture(scope="session")
 def lives():
     with Lives() as server:

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -80,16 +81,9 @@ NEWEST_FIRST = [
 
 
 @pytest.fixture
-def said(capsys):
+def said(printed):
     """Runs a command line below `smoltrain runs` and returns what it prints."""
-
-    def run(*arguments: str, code: int = 0) -> str:
-        assert main(["runs", *arguments]) == code
-        captured = capsys.readouterr()
-        assert (captured.err if code == 0 else captured.out) == ""
-        return captured.out + captured.err
-
-    return run
+    return partial(printed, "runs")
 
 
 def listed(text: str) -> list[str]:

@@ -470,6 +470,14 @@ def test_hydras_search_path_leads_to_folders_only(hostile, folder):
 OTHERS = ["--config-path", "-cp", "--config-name", "-cn", "--experimental-rerun"]
 
 
+@pytest.mark.parametrize("flags", [["--resolve"], ["--package", "trainer"], ["--config-dir=own", "-cd", "own"]])
+def test_a_flag_that_would_be_passed_over_is_refused(folder, capsys, flags):
+    (folder / "own").mkdir()
+    for sweep in ([], ["-m", "seed=1,2"]):
+        assert main([*flags, *sweep]) == 2 and flags[0].partition("=")[0] in capsys.readouterr().err
+    assert not (folder / "multirun").exists()
+
+
 def test_flags_that_compose_another_config_or_unpickle_one_are_refused(hostile, folder):
     (folder / "evil.pickle").write_bytes(pickle.dumps(Evil()))
     for flag in (*OTHERS, "--config-n", "--config-p", "--exp", "--rerun", "-cnx"):

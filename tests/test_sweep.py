@@ -14,7 +14,7 @@ from test_endings import RUN, equal
 from smoltrain.__main__ import main
 from smoltrain.config.resolvers import register
 from smoltrain.runs import read, there
-from smoltrain.sweep import record
+from smoltrain.sweep import local, record
 from smoltrain.sweep.space import Space
 
 TINY = ("data.train_rows=24", "data.test_rows=8", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
@@ -170,6 +170,25 @@ def test_where_a_fork_is_unsafe_a_process_is_begun_anew(sweep, folder):
     sweep(*own, "name=spawned", program=f"{spawn}\n{RUN}")
     (forked,), (spawned,) = (folder.glob(f"multirun/{name}/*/0") for name in ("forked", "spawned"))
     assert equal(forked, spawned)
+
+
+def test_more_trials_than_gpus_share_them(folder, monkeypatch):
+    seen = []
+    monkeypatch.setattr(local, "devices", lambda: ["4", "7"])
+    monkeypatch.setattr(local, "unsafe_to_fork", lambda: True)
+    monkeypatch.setattr(local, "spawned", lambda job, environment: seen.append(environment["CUDA_VISIBLE_DEVICES"]))
+    for slot in range(3):
+        local.Local(jobs=3).start(local.Job(slot, None, folder / str(slot), slot=slot))
+    assert seen == ["4", "7", "4"]
+
+
+def test_who_reads_no_further_loses_no_results(sweep, forked, folder):
+    sweep("seed=0,1")
+    (done,) = folder.glob("multirun/*/*/sweep.json")
+    (done.parent / "results.csv").unlink()
+    closed = "import os; read, write = os.pipe(); os.close(read); os.dup2(write, 1)"
+    life = forked("sweep", "latest", code=f"{closed}\n{RUN}")
+    assert life.wait() == 1 and life.stderr == "" and (done.parent / "results.csv").exists()
 
 
 def test_rows_that_have_changed_are_not_taken_for_those_of_before(sweep, folder):

@@ -10,6 +10,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from functools import partial
 from itertools import combinations, product
 from pathlib import Path
 from types import ModuleType
@@ -159,16 +160,9 @@ def at_work():
 
 
 @pytest.fixture
-def said(capsys):
+def said(printed):
     """Runs a command line below `smoltrain sweep` and returns what it prints."""
-
-    def run(*arguments: str, code: int = 0) -> str:
-        assert main(["sweep", *arguments]) == code
-        captured = capsys.readouterr()
-        assert (captured.err if code == 0 else captured.out) == ""
-        return captured.out + captured.err
-
-    return run
+    return partial(printed, "sweep")
 
 
 @pytest.fixture
@@ -706,6 +700,11 @@ def test_the_exit_code_of_a_sweep_tells_how_it_went(swept, capsys, statuses, cod
     assert answer.summary(directory) == record.exit_code(record.read(directory)) == code
     assert f"{len(statuses)} trials" in capsys.readouterr().out and (directory / "results.json").exists()
     assert main(["sweep", str(directory)]) == 0  # shown
+    kept = json.loads((directory / "sweep.json").read_text())
+    (directory / "sweep.json").write_text(json.dumps(kept | {"end": None}))
+    assert record.exit_code(record.read(directory)) == (
+        code or 1
+    )  # of one that was cut off, whatever its trials came to
 
 
 # ---------------------------------------------------------------- which sweep, and trouble

@@ -113,12 +113,12 @@ def run_job(cfg: DictConfig, task: "TaskFunction", directory: str, below: str | 
     from hydra._internal.callbacks import Callbacks
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-    from hydra.core.utils import run_job
+    from hydra.core import utils
     from hydra.types import HydraContext
 
     # Of a job's context it calls back only, and whom, no config of ours can say.
     context = HydraContext(config_loader=ConfigLoaderImpl(ConfigSearchPathImpl()), callbacks=Callbacks())
-    return run_job(task, cfg, directory, below, context)
+    return utils.run_job(task, cfg, directory, below, context)
 
 
 @cache

@@ -27,8 +27,7 @@ from smoltrain.config import ConfigError, at
 from smoltrain.history import LISTED, STYLES, WIDE, parsed, room
 from smoltrain.lines import Line, brief, cut, duration, line, padded, say, short, some, spaced
 from smoltrain.sweep.plots import PICTURE, draw
-from smoltrain.sweep.record import SEED, Sweep, Trial, comparable, exit_code, mend, read, resolve
-from smoltrain.sweep.record import apart as keys_apart
+from smoltrain.sweep.record import SEED, Sweep, Trial, comparable, exit_code, mend, read, resolve, telling
 from smoltrain.sweep.statistics import (
     Comparison,
     Configuration,
@@ -224,7 +223,7 @@ def screen(found: Answer, wide: int) -> list[Line]:
 def apart(found: Answer) -> str:
     """Why the trials are not ranked in one table."""
     objective, parts = found.sweep.objective, [[*part.sweep.trials] for _, part in found.parts]
-    keys = " and ".join(keys_apart(parts, found.sweep.varied)) or "of these"
+    keys = " and ".join(telling(parts, found.sweep.varied)) or "of these"
     return f"{objective} measures another thing for each {keys}: each is ranked by itself{mend(objective)}."
 
 
@@ -365,7 +364,7 @@ def remarks(found: Answer) -> list[str]:
     elif found.seeded:
         said.append(
             f"{sweep.objective}: the mean over the seeds ± half of its 95 % confidence interval (Student's t); "
-            f"{better} is better. It is about seeds alone: the {held_out(sweep)} are the same for all."
+            f"{better} is better. ± is about the seeds alone: the {held_out(sweep)} are the same for all."
         )
     else:
         said.append(f"{sweep.objective}, on the {held_out(sweep)}: {better} is better.")
@@ -638,22 +637,14 @@ def as_table(sweep: Sweep) -> str:
     for trial in sweep.trials:
         told = row(trial)
         varied = [simple(trial.overrides.get(key)) for key in sweep.varied]
-        writer.writerow([trial.number, *varied, *(told[n] for n in facts), *(trial.metrics.get(n) for n in metrics)])
+        writer.writerow(
+            [trial.number, *varied, *(simple(told[n]) for n in facts), *(trial.metrics.get(n) for n in metrics)]
+        )
     return file.getvalue()
 
 
-FACTS = (
-    "number",
-    "status",
-    "objective",
-    "steps",
-    "max_steps",
-    "paused",
-    "seconds",
-    "config_hash",
-    "directory",
-    "error",
-)
+FACTS: tuple[str, ...] = ("number", "status", "objective", "steps", "max_steps", "paused", "seconds")
+FACTS += ("config_hash", "directory", "error")
 
 
 def simple(value: Any) -> Any:

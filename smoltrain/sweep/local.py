@@ -72,10 +72,10 @@ class Local(Launcher):
     """Runs the trials of a sweep on this machine, each in a process of its own.
 
     `jobs` of them at a time: by default one for each accelerator, and on the CPU as many as there are cores for the
-    `threads` of each. Of a sweep that asks for a few trials at a time, `ended` have been run, of those `expected`.
+    `threads` of each. Of a sweep that asks for a few trials at a time, `before` have been run, of those `expected`.
     """
 
-    ended, expected = 0, 0
+    before, expected = 0, 0
 
     def __init__(self, jobs: int | None = None) -> None:
         self.at_once = jobs
@@ -88,7 +88,7 @@ class Local(Launcher):
         setup_globals()
         configure_log(self.config.hydra.hydra_logging, self.config.hydra.verbose)
         jobs = [self.job(initial_job_idx + i, [*overrides]) for i, overrides in enumerate(job_overrides)]
-        with Board(max(self.expected, len(jobs)), self.ended) as board:
+        with Board(max(self.expected, len(jobs)), self.before) as board:
             self.run(jobs, board)
         return [returned(job) for job in jobs]
 
@@ -105,7 +105,7 @@ class Local(Launcher):
 
     def run(self, jobs: list[Job], board: Board) -> None:
         """Keeps as many trials running as there is room for, until all have ended; a signal is passed on to them."""
-        places = self.places(jobs[0].config)
+        places = min(self.places(jobs[0].config), len(jobs))
         board.say(f"{some(len(jobs), 'trial')} to run{f', {places} at a time' if places > 1 else ''}")
         imported(jobs[0].config)
         waiting, living = jobs[::-1], list[Job]()

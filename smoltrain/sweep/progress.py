@@ -91,4 +91,5 @@ def came_to(directory: Path, code: int | None) -> str:
 
 def last_line(log: Path) -> str:
     """The last that a trial has printed."""
-    return next(reversed(log.read_text(errors="replace").split("\n", -1)[:-1]), "") if log.exists() else ""
+    said = log.read_text(errors="replace").splitlines() if log.exists() else []
+    return said[-1] if said else ""

@@ -153,7 +153,7 @@ def comparable(sweep: Sweep) -> list[tuple[dict[str, Any], Sweep]]:
     if len(parts) < 2:
         return [({}, sweep)]
     every = [*parts.values()]
-    keys = apart(every, sweep.varied)
+    keys = telling(every, sweep.varied)
     owns = [{key: values(trials, key) for key in keys} for trials in every]
     for trial in rest:
         fits = [all(trial.overrides.get(key) in found for key, found in own.items()) for own in owns]
@@ -167,7 +167,7 @@ def comparable(sweep: Sweep) -> list[tuple[dict[str, Any], Sweep]]:
     return compared
 
 
-def apart(parts: list[list[Trial]], keys: Iterable[str]) -> list[str]:
+def telling(parts: list[list[Trial]], keys: Iterable[str]) -> list[str]:
     """The keys by which the parts of a sweep are told from one another: no value of theirs is in two of them."""
     counts = {key: [len(values(trials, key)) for trials in parts] for key in keys}
     whole = [trial for trials in parts for trial in trials]

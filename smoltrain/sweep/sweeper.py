@@ -187,7 +187,7 @@ class Sweeper(Plugin):
             settings = self.space.settings
             seeds = math.prod(len(axis.values or []) for axis in self.space.axes if axis.key == record.SEED)
             whole = (settings.trials or 0) * seeds if settings.search == "tpe" else 0
-            self.launcher.ended, self.launcher.expected = len(self.book.trials) - len(todo) if whole else 0, whole
+            self.launcher.before, self.launcher.expected = len(self.book.trials) - len(todo) if whole else 0, whole
         returns = self.launcher.launch(jobs, initial_job_idx=todo[0][2]["number"])
         for (_, _, entry), done in zip(todo, returns, strict=True):
             code = getattr(done, "code", None)
