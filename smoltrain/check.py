@@ -4,7 +4,6 @@ What would stop the run is found by `preflight`, as in every run; here is what i
 run will cost. The facts are plain data, as --json writes them; the `show_…` functions print them for people.
 """
 
-import inspect
 import math
 import os
 import re
@@ -23,6 +22,7 @@ from rich.text import Text
 
 from smoltrain import budget, report, runs
 from smoltrain.config import plain
+from smoltrain.config.signatures import signature
 from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
 from smoltrain.lines import duration, size, some
@@ -177,7 +177,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
     reference = (
-        "ref_model" in inspect.signature(trainer.func).parameters
+        "ref_model" in signature(cfg.trainer._target_).parameters
         and trainer.keywords["peft_config"] is None
         and not args.precompute_ref_log_probs
     )

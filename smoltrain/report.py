@@ -48,10 +48,11 @@ def rows(data: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def facts(trainer: Any) -> dict[str, Any]:
-    """What the record says of the live parts: parameters and device."""
+    """What the record says of the live parts: parameters, device, and the attention that it came to."""
     weights = list(trainer.model.parameters())
     return {
         "device": device_name(trainer.args.device),
+        "attention": trainer.model.config._attn_implementation,
         "parameters": sum(p.numel() for p in weights),
         "trainable_parameters": sum(p.numel() for p in weights if p.requires_grad),
     }

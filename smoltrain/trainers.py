@@ -1,4 +1,4 @@
-"""What TRL's trainers lack: taking rows that are tokens already, sharing a reference, and weighing what is learned."""
+"""What TRL's trainers lack: taking rows that are tokens already, telling how a step went, weighing what is learned."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,6 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from smoltrain.config import ConfigError
 from smoltrain.data.cache import alone
-from smoltrain.reference import ahead
 
 
 def given_tokens(trainer: partial) -> partial:
@@ -31,9 +30,6 @@ def given_tokens(trainer: partial) -> partial:
                 with alone(f"packed-{dataset._fingerprint}-{args.max_length}", "packing the same rows"):
                     return super()._prepare_dataset(dataset, processing_class, args, *rest)
             return dataset.shuffle(seed=args.seed) if getattr(args, "shuffle_dataset", False) else dataset
-
-        def _precompute_ref_logps(self, dataset: Any, name: str, batch_size: int) -> Any:
-            return ahead(self, dataset, batch_size, partial(super()._precompute_ref_logps, dataset, name, batch_size))
 
         def _get_train_sampler(self, *dataset: Any) -> Any:
             sampler = super()._get_train_sampler(*dataset)

@@ -279,7 +279,7 @@ STOPPERS = {
     },
     "kind for DPO": (
         ["trainer=dpo", "data=sums"],
-        r"data: trl.DPOTrainer eats preference rows .*these are conversation",
+        r"data: smoltrain.dpo.DPOTrainer eats preference rows .*these are conversation",
     ),
     "kind for SFT": (["data=sums_preferences"], r"data: trl.SFTTrainer eats conversation rows .*these are preference"),
     "all prompt": (
@@ -643,7 +643,7 @@ BROKEN = {
     "conversations to DPO": (
         "mine.jsonl",
         lambda: write("mine.jsonl", chats(*SAID)),
-        r"data: trl.DPOTrainer eats preference rows .*lacking: ",
+        r"data: smoltrain.dpo.DPOTrainer eats preference rows .*lacking: ",
         "trainer=dpo",
     ),
     "pairs to SFT": (
@@ -654,7 +654,7 @@ BROKEN = {
     "KTO rows to DPO": (
         "mine.jsonl",
         lambda: write("mine.jsonl", rows(20, label=True)),
-        r"data: trl.DPOTrainer eats preference rows",
+        r"data: smoltrain.dpo.DPOTrainer eats preference rows",
         "trainer=dpo",
     ),
     "one row": ("mine.jsonl", lambda: write("mine.jsonl", rows(1)), r"data.test_share=0.05"),

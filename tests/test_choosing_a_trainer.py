@@ -104,9 +104,9 @@ DPO = "defaults:\n  - override /trainer: dpo\n  - _self_\n"
 SFT = "defaults:\n  - override /trainer: sft\n  - _self_\n"
 PRIORITY = [  # file, command line, key, what runs
     ("", [], "trainer._target_", "trl.SFTTrainer"),
-    (DPO, [], "trainer._target_", "trl.DPOTrainer"),
+    (DPO, [], "trainer._target_", "smoltrain.dpo.DPOTrainer"),
     (DPO, ["trainer=sft"], "trainer._target_", "trl.SFTTrainer"),
-    (SFT, ["trainer=dpo"], "trainer._target_", "trl.DPOTrainer"),
+    (SFT, ["trainer=dpo"], "trainer._target_", "smoltrain.dpo.DPOTrainer"),
     ("", ["model=smollm2_135m"], "trainer.args.learning_rate", 2e-5),
     ("trainer: {args: {learning_rate: 3.0}}", [], "trainer.args.learning_rate", 3.0),
     ("trainer: {args: {learning_rate: 3.0}}", ["trainer.args.learning_rate=4"], "trainer.args.learning_rate", 4),
@@ -140,12 +140,12 @@ def test_every_surface_agrees_with_the_resolved_config(smoltrain, capsys):
     assert record["config"]["trainer"]["args"]["learning_rate"] == 0.00071
     report = (record["directory"] / "report.md").read_text()
     for surface in (out, report):
-        assert "trl.DPOTrainer" in surface and "0.00071" in surface
+        assert "smoltrain.dpo.DPOTrainer" in surface and "0.00071" in surface
     import trackio
 
     name = "/".join(record["directory"].parts[-2:])
     (run,) = [run for run in trackio.Api().runs("smoltrain") if run.name == name]
-    assert run.config["learning_rate"] == 0.00071 and run.config["trainer"] == "trl.DPOTrainer"
+    assert run.config["learning_rate"] == 0.00071 and run.config["trainer"] == "smoltrain.dpo.DPOTrainer"
     assert run.config["config"]["trainer"]["args"]["learning_rate"] == 0.00071
 
 
@@ -194,7 +194,7 @@ def test_the_sft_loss_counts_the_reply_and_the_end_of_turn_only(live):
 def test_a_sweep_makes_four_labelled_runs(smoltrain):
     records = smoltrain("-m", "trainer=sft,dpo", "seed=1,2")
     assert [(r["trainer"], r["seed"]) for r in records] == [
-        (f"trl.{t}Trainer", seed) for t in ("SFT", "DPO") for seed in (1, 2)
+        (trainer, seed) for trainer in ("trl.SFTTrainer", "smoltrain.dpo.DPOTrainer") for seed in (1, 2)
     ]
     names = [r["directory"].name for r in records]
     assert names == ["0_trainer-sft_seed-1", "1_trainer-sft_seed-2", "2_trainer-dpo_seed-1", "3_trainer-dpo_seed-2"]

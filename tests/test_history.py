@@ -451,7 +451,7 @@ def test_a_comparison_as_data(said, kept):
     kept("two/b", trainer="dpo")
     answer = json.loads(said("compare", "one", "two", "--json"))
     assert answer["config"]["trainer.args.beta"] == {"B": 0.1} and answer["versions"] == {}
-    assert answer["config"]["trainer._target_"] == {"A": "trl.SFTTrainer", "B": "trl.DPOTrainer"}
+    assert answer["config"]["trainer._target_"] == {"A": "trl.SFTTrainer", "B": "smoltrain.dpo.DPOTrainer"}
     assert answer["runs"]["A"]["results"]["eval_loss"] == answer["runs"]["A"]["objective"]
     assert {"train", "test"} <= set(answer["data"])
 

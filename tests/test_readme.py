@@ -66,7 +66,7 @@ def test_a_training_command_trains(newcomer, smoltrain, command):
     if cfg.model.name_or_path != "pkg://smoltrain/tiny":
         given += ["model=tiny", "hardware=cpu"]
     if cfg.data._target_.endswith("hub"):
-        pairs = cfg.trainer._target_ == "trl.DPOTrainer"
+        pairs = cfg.trainer._target_ == "smoltrain.dpo.DPOTrainer"
         given += ["data=local", f"data.path={'pairs' if pairs else 'my'}.jsonl"]
         cfg = compose([a for a in given if "=" in a], [])
     small = ["data.train_rows=16", "data.test_rows=8"] if "sums" in cfg.data._target_ else ["data.test_rows=4"]

@@ -137,13 +137,25 @@ def constructor(found: Definition) -> tuple[dict[str, Parameter], bool]:
     for owner in (found, *found.ancestors):
         for name in ("__init__", "__new__"):
             if name in owner.body:
-                return called(Definition(owner.module, f"{owner.name}.{name}", owner.body[name][-1]))
+                return made_by(owner, name)
         if is_dataclass(owner):
             calls = [call for kind in (owner, *owner.ancestors) for call in kind.decorators.values() if call]
             return members(owner), any(k.arg == "accept_kwargs" for call in calls for k in call.keywords)
         if owner.decorators or None in owner.parents:  # what makes its __init__ is not written there
             return {}, True
     return {}, False
+
+
+def made_by(owner: Definition, name: str) -> tuple[dict[str, Parameter], bool]:
+    """The parameters of `__init__` or `__new__`; one that hands on what else is named takes its ancestor's too."""
+    statement = owner.body[name][-1]
+    own, is_open = called(Definition(owner.module, f"{owner.name}.{name}", statement))
+    kwarg = statement.tree.args.kwarg if isinstance(statement.tree, ast.FunctionDef) else None
+    handed_on = kwarg and re.search(rf"super\(\)\.{name}\([^()]*\*\*{kwarg.arg}\b", statement.text)
+    if not (handed_on and owner.ancestors):
+        return own, is_open
+    inherited, is_open = constructor(owner.ancestors[0])
+    return inherited | own, is_open
 
 
 def members(found: Definition) -> dict[str, Parameter]:

@@ -68,9 +68,9 @@ CALLBACK = Kind(
 )
 TRAINER = Kind(
     "a trainer of TRL",
-    ("trl.*",),
+    ("trl.*", "smoltrain.dpo.DPOTrainer"),
     ("transformers.trainer.Trainer",),
-    ("trl.SFTTrainer", "trl.DPOTrainer", "trl.KTOTrainer"),
+    ("trl.SFTTrainer", "smoltrain.dpo.DPOTrainer", "trl.KTOTrainer"),
 )
 ARGUMENTS = Kind(
     "the config class of a trainer",
