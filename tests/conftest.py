@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # where two threads are asked for, none spins while the other has no core
 os.environ["HF_DATASETS_CACHE"] = tempfile.mkdtemp()  # of prepared rows, for this process and those it starts
 from smoltrain.__main__ import MANNERS, main
 

@@ -432,11 +432,12 @@ def test_hydras_own_keys_are_set_by_no_file(hostile):
         hostile.refused("--config-dir=own", "experiment=evil")
 
 
-def test_of_hydras_own_keys_few_are_set_on_a_command_line(hostile):
+@pytest.mark.parametrize("signs", [1, pytest.param(4, marks=pytest.mark.torture)])
+def test_of_hydras_own_keys_few_are_set_on_a_command_line(hostile, signs):
     for i, (key, value) in enumerate(HYDRAS):
         if f"hydra.{key}" not in SETTABLE:
             typed = f"hydra.{key.replace('.()', '')}={'{a: 1}' if isinstance(value, dict) else json.dumps(value)}"
-            for sign in ("", "+", "++", "~"):
+            for sign in (["", "+", "++", "~"] * 2)[i % 4 :][:signs]:
                 hostile.refused(sign + typed, *LOOKING[i % len(LOOKING)], says=("these can be set: hydra.run.dir",))
     for folder in ("/tmp/out", "../out", "a/../../out", "'../${name}'"):
         hostile.refused(
@@ -515,8 +516,11 @@ HOSTILE_NAMES += ["-a", "$(x)", "`x`", "${oc.env:HOME}", "${hydra:runtime.cwd}",
 HOSTILE_NAMES += ["a\u202eb", "\ufeffa", "cafe\u0301", "trackio", "Trackio", "latest", "*", "a;b", "a|b", "<a>", "C:"]
 
 
-def test_a_name_that_could_lead_elsewhere_is_refused(hostile):
-    for i, name in enumerate(HOSTILE_NAMES):
+@pytest.mark.parametrize("apart", [5, pytest.param(1, marks=pytest.mark.torture)])
+def test_a_name_that_could_lead_elsewhere_is_refused(hostile, apart):
+    """Whole commands with every fifth name, since each composes a config; in the long form with every one."""
+    assert all(map(misnamed, HOSTILE_NAMES))
+    for i, name in enumerate(HOSTILE_NAMES[::apart]):
         how = ("--config-dir=own", hostile.yaml({"name": name})) if i % 4 == 0 else (f"name={quoted(name)}",)
         hostile.refused(*how, *LOOKING[i % 3], says=("name",))
     hostile.refused("callbacks.tracking.project=../../x", says=("callbacks.tracking.project=../../x",))
@@ -713,12 +717,17 @@ def mute():
         yield "{}:{}".format(*listening.getsockname())
 
 
-def given_up(monkeypatch, endpoint: str) -> tuple[float, str]:
+def in_reach(monkeypatch, endpoint: str) -> None:
+    """Has this process ask a hub, which it would not, at an address and by no proxy."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", endpoint)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)  # as the command has it
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
+
+
+def given_up(monkeypatch, endpoint: str) -> tuple[float, str]:
+    in_reach(monkeypatch, endpoint)
     start = time.monotonic()
     with pytest.raises(ConfigError) as refused:
         hub.commit_of("model", "org/tiny")
@@ -737,13 +746,9 @@ def test_a_hub_that_cannot_be_reached_is_given_up_within_three_seconds(monkeypat
     assert seconds < 3 and "TimeoutError after 2.0 s" in said
 
 
-def test_a_command_says_what_to_do_about_a_hub_out_of_reach(folder, black_hole):
-    done = command(
-        "from smoltrain.__main__ import main; exit(main())",
-        "model=smollm2_135m",
-        HF_ENDPOINT=f"http://{black_hole}",
-        HF_HOME=str(folder / "home"),
-    )
-    assert done.returncode == 2 and not (folder / "multirun").exists()
-    waited = re.search(r"does not answer \(\w+ after (\d\.\d) s\). Is there a network\? With HF_HUB_OFF", done.stderr)
-    assert waited and float(waited[1]) <= 3, done.stderr
+def test_a_command_says_what_to_do_about_a_hub_out_of_reach(folder, monkeypatch, capfd, black_hole):
+    in_reach(monkeypatch, f"http://{black_hole}")
+    assert main([*QUICK, "model=smollm2_135m"]) == 2 and not (folder / "multirun").exists()
+    said = capfd.readouterr().err
+    waited = re.search(r"does not answer \(\w+ after (\d\.\d) s\). Is there a network\? With HF_HUB_OFF", said)
+    assert waited and float(waited[1]) <= 3, said

@@ -17,9 +17,10 @@ from smoltrain.runs import read, there
 from smoltrain.sweep import local, record
 from smoltrain.sweep.space import Space
 
-TINY = ("data.train_rows=24", "data.test_rows=8", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
-TINY += ("trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=4", "tracking=none")
-SAVING = ("trainer.args.save_steps=1", "trainer.args.logging_steps=1")
+TINY = ("data.train_rows=24", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none")
+TINY += ("trainer.args.per_device_train_batch_size=2", "trainer.args.max_steps=2")
+ANSWERING = ("evaluation.max_rows=2", "evaluation.max_new_tokens=2")
+SAVING = ("trainer.args.save_steps=1", "trainer.args.logging_steps=1", "trainer.args.max_steps=4")
 
 # In the process of each trial, what its seed says happens in its third step.
 FATES = """
@@ -33,6 +34,16 @@ def step(self, *given, **named):
         if self.args.seed == 4: raise MemoryError
     return real(self, *given, **named)
 transformers.Trainer.training_step = step
+"""
+
+# In the process of each trial, steps that take the longer the greater its seed, and cost nothing.
+PACED = """
+import time, transformers
+stepped = transformers.Trainer.training_step
+def paced(self, *given, **named):
+    time.sleep(0.3 * self.args.seed)
+    return stepped(self, *given, **named)
+transformers.Trainer.training_step = paced
 """
 
 
@@ -64,7 +75,7 @@ def logs(folder: Path) -> dict[Path, str]:
 
 
 def test_each_trial_is_the_run_that_it_would_be_alone(sweep, forked, folder):
-    said, done = sweep("trainer=sft,dpo", "seed=0,1")
+    said, done = sweep(*ANSWERING, "trainer=sft,dpo", "seed=0,1")
     assert [*done] == ["trainer=sft seed=0", "trainer=sft seed=1", "trainer=dpo seed=0", "trainer=dpo seed=1"]
     for trial in done.values():
         alone = forked(
@@ -121,10 +132,10 @@ def test_a_trial_that_comes_to_nothing_is_a_row_and_stops_no_other(sweep, folder
     assert [one["step"] for one in read(again["seed=2"].directory)["resumed"]] in ([1], [2])  # which was sealed by then
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.torture)])
 def test_a_signal_reaches_every_trial_and_the_same_command_goes_on(sweep, forked, folder, number):
-    command = ("seed=0,1,2", *SAVING, "trainer.args.max_steps=40")
-    life = forked("-m", *TINY, *command)
+    command = ("seed=0,1,2", *SAVING, "trainer.args.max_steps=8")
+    life = forked("-m", *TINY, *command, code=PACED + RUN)
     life.until("[1/3]")
     life.kill(number)
     assert life.wait() == 143, life.stderr
@@ -207,10 +218,10 @@ def test_rows_that_have_changed_are_not_taken_for_those_of_before(sweep, folder)
     assert main([*command, "resume=never"]) == 0 and len(logs(folder)) == 4
 
 
-def test_halving_stops_the_worst_and_goes_on_with_the_best(sweep, folder):
+def test_halving_stops_the_worst_and_goes_on_with_the_best(sweep, forked, folder):
     rates = "trainer.args.learning_rate=1e-5,1e-4,1e-3,3e-3"
     level = ("trainer.args.lr_scheduler_type=constant", "trainer.args.max_steps=8")
-    said, done = sweep("sweep=halving", rates, *level)
+    said, done = sweep("sweep=halving", rates, *level, *ANSWERING)
     status = {name: (trial.status, trial.run.steps) for name, trial in done.items()}
     assert sorted(status.values()) == [("completed", 8)] + [("stopped", 2)] * 3
     [best] = [name for name, trial in done.items() if trial.status == "completed"]
@@ -219,10 +230,11 @@ def test_halving_stops_the_worst_and_goes_on_with_the_best(sweep, folder):
     assert all(f"stopped at {value:.4f}" in said for name, value in early.items() if name != best)
     assert f"paused at step 2  eval_loss {early[best]:.4f}" in said and "preempted" not in said
     before = logs(folder)
-    sweep("sweep=halving", rates, *level)
+    sweep("sweep=halving", rates, *level, *ANSWERING)
     assert logs(folder) == before
-    _, whole = sweep(rates, *level, "name=grid")
-    assert equal(done[best].directory, whole[best].directory)  # paused and gone on with, or not
+    assert forked(*TINY, *ANSWERING, *level, f"trainer.args.{best}", "name=whole").wait() == 0
+    (whole,) = folder.glob("multirun/whole/*")
+    assert equal(done[best].directory, whole)  # paused and gone on with, or not
 
 
 def test_tpe_asks_for_trials_until_there_are_enough(sweep, folder):
@@ -238,6 +250,7 @@ def test_tpe_asks_for_trials_until_there_are_enough(sweep, folder):
 def test_tpe_runs_again_what_failed(sweep, folder):
     pytest.importorskip("optuna")
     command = ("sweep=tpe", "sweep.trials=2", "seed=1", "trainer.args.adam_beta1=interval(0.8,0.9)", "threads=1")
+    command += ("trainer.args.max_steps=4",)
     said, done = sweep(*command, code=1, program=FATES + RUN)
     assert {trial.status for trial in done.values()} == {"failed"} and "[2/2]" in said and "[1/1]" not in said
     _, again = sweep(*command)
@@ -253,6 +266,7 @@ def test_values_that_do_not_go_together_cost_a_search_one_trial(sweep, folder):
         "save_steps=2,3",
         "eval_steps=1,2",
     )
+    best += ("max_steps=4",)
     command = ("sweep=tpe", "sweep.trials=4", "hydra.launcher.jobs=1", *(f"trainer.args.{one}" for one in best))
     said, done = sweep(*command)
     assert len(done) == 3 and "save_steps=3" in said and "3 trials, searched by tpe: 3 completed" in said
@@ -261,15 +275,17 @@ def test_values_that_do_not_go_together_cost_a_search_one_trial(sweep, folder):
 def test_latest_is_one_run_for_all_trials_whenever_they_run(sweep, forked, folder):
     assert forked(*TINY, "trainer.args.max_steps=1").wait() == 0
     (first,) = logs(folder)
-    command = ("trainer=dpo", "model.from_run=latest", "seed=0,1")
+    command = ("model.from_run=latest", "seed=0,1")
     _, done = sweep(*command)
     assert {trial.run.record["parent"]["directory"] for trial in done.values()} == {str(first)}
     before = logs(folder)
     said, _ = sweep(*command)
     assert "continues the sweep" in said and logs(folder) == before
-    _, more = sweep(*command[:2], "seed=0,1,2")
+    _, more = sweep(command[0], "seed=0,1,2")
     assert more["seed=2"].run.record["parent"]["directory"] == str(first) and len(logs(folder)) == 4
-    said, other = sweep(*command[:2], "seed=3,4", "trainer.args.beta=0.2")  # another sweep, for which it is another one
+    said, other = sweep(
+        command[0], "seed=3,4", "trainer.args.weight_decay=0.1"
+    )  # another sweep, for which it is another one
     assert other["seed=3"].run.record["parent"]["directory"] != str(first)
     assert f"{more['seed=2'].directory.name}, for all trials" in said
 
@@ -296,12 +312,12 @@ def test_a_key_that_is_added_is_of_the_trials_that_were_there_too(sweep, folder)
 
 
 def test_of_one_sweep_one_process_is_at_it(forked, folder):
-    command = ("-m", *TINY, "seed=0,1", "trainer.args.max_steps=200", "threads=2")
-    first = forked(*command)
+    command = ("-m", *TINY, "seed=1,2", "trainer.args.max_steps=200", "threads=2")
+    first = forked(*command, code=PACED + RUN)
     first.until_there(folder / "multirun", "*/*/*/run.json")
     second = forked(*command)
     assert second.wait() == 2 and "this sweep is running" in second.stderr
-    typed = forked(*command, "hydra.sweep.dir=mine", "name=other")
+    typed = forked(*command, "hydra.sweep.dir=mine", "name=other", code=PACED + RUN)
     typed.until_there(folder / "mine", "sweep.json")
     again = forked("-m", *TINY, "seed=5,6", "hydra.sweep.dir=mine")
     assert again.wait() == 2 and "hydra.sweep.dir=mine: another sweep is there" in again.stderr
@@ -447,13 +463,14 @@ def test_the_directory_of_another_sweep_is_refused(sweep, folder):
 
 
 def test_a_pause_costs_nothing(forked, folder):
-    calm = forked(*TINY, *SAVING, "name=calm", "trainer=dpo")
+    command = (*TINY, *ANSWERING, *SAVING, "trainer=dpo")
+    calm = forked(*command, "name=calm")
     assert calm.wait() == 0, calm.stderr
-    assert forked(*TINY, *SAVING, "trainer=dpo", "pause_at=2").wait() == 143
+    assert forked(*command, "pause_at=2").wait() == 143
     (run,) = folder.glob("multirun/default/*")
     stopped = read(run)
     assert (stopped["status"], stopped["steps"], [*stopped["paused"]]) == ("preempted", 2, ["2"])
-    assert forked(*TINY, *SAVING, "trainer=dpo").wait() == 0
+    assert forked(*command).wait() == 0
     for name in ("calm", "default"):
         (folder / name).mkdir()
         (folder / "multirun" / name).rename(folder / name / "multirun")
