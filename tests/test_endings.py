@@ -7,6 +7,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -82,8 +84,17 @@ def undisturbed(lives, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
-@pytest.mark.parametrize("phase", PHASES)
+def alternating(places: Iterable[str]) -> list:
+    """Each place with the one signal and the next with the other; under torture all with both."""
+    both = list(enumerate(product(places, (signal.SIGTERM, signal.SIGINT))))
+    marks = [[] if n % 4 in (0, 3) else [pytest.mark.torture] for n, _ in both]
+    return [
+        pytest.param(place, number, marks=mark, id=f"{place}-{number.name[3:]}")
+        for (_, (place, number)), mark in zip(both, marks, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(("phase", "number"), alternating(PHASES))
 def test_a_signal_ends_a_run_in_any_phase_and_the_same_command_goes_on(forked, folder, undisturbed, phase, number):
     slow, training, more = PHASES[phase]
     env = os.environ | {"HF_DATASETS_CACHE": str(folder / "cache")}  # in which no reference is found
@@ -116,7 +127,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["TERM", "INT"])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.torture), signal.SIGINT], ids=str)
 def test_a_signal_ends_a_run_while_it_imports(forked, folder, undisturbed, number):
     command = [sys.executable, "-c", f"{IMPORTING}{RUN}", *FEW]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

@@ -243,11 +243,22 @@ BAD = {
 }
 
 
+MODELS = [
+    (None, {"path": "org/tiny"}),
+    (None, {"path": "org/tiny", "revision": "v1"}),
+    (TOKEN, {"path": "org/private"}),
+    (None, {"path": "org/private"}),
+    ("hf_wrong", {"path": "org/tiny"}),
+    (None, {"path": "org/tiny", "revision": "v9"}),
+    (None, {"path": "org/slow"}),
+]
+
+
 @pytest.fixture(scope="module")
 def told(endpoint, home) -> dict:
-    cases = [("data", *case[:2]) for case in (*GOOD.values(), *BAD.values())]
-    given = ask(endpoint, home, cases)
-    return dict(zip([*(("good", n) for n in GOOD), *(("bad", n) for n in BAD)], given, strict=True))
+    cases = [("data", *case[:2]) for case in (*GOOD.values(), *BAD.values())] + [("model", *case) for case in MODELS]
+    names = [*(("good", n) for n in GOOD), *(("bad", n) for n in BAD), *(("model", n) for n in range(len(MODELS)))]
+    return dict(zip(names, ask(endpoint, home, cases), strict=True))
 
 
 @pytest.mark.parametrize(
@@ -297,17 +308,8 @@ def test_without_a_network_the_copy_on_this_disk_is_read_and_no_other(told, home
     )
 
 
-def test_a_model_is_read_by_name(endpoint, home):
-    cases = [
-        (None, {"path": "org/tiny"}),
-        (None, {"path": "org/tiny", "revision": "v1"}),
-        (TOKEN, {"path": "org/private"}),
-        (None, {"path": "org/private"}),
-        ("hf_wrong", {"path": "org/tiny"}),
-        (None, {"path": "org/tiny", "revision": "v9"}),
-        (None, {"path": "org/slow"}),
-    ]
-    plain, old, private, *refused = ask(endpoint, home, [("model", *case) for case in cases])
+def test_a_model_is_read_by_name(told):
+    plain, old, private, *refused = (told["model", number] for number in range(len(MODELS)))
     layers = json.loads(MODEL["config.json"])["num_hidden_layers"]
     assert plain["layers"] == old["layers"] == private["layers"] == layers
     assert old["template"] == "of v1" != plain["template"] == MODEL["chat_template.jinja"].decode()[:5]

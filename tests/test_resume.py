@@ -291,13 +291,15 @@ def test_other_weights_to_begin_with_are_refused(smoltrain, folder, broken, caps
 
 @pytest.mark.parametrize("times", [1, pytest.param(10, marks=pytest.mark.torture)])
 def test_many_starts_at_once_share_nothing(forked, folder, times):
+    small = [o for o in FEW if not o.startswith(("evaluation", "trainer.args.max_steps"))]
+    small += ["evaluation.max_rows=0", "trainer.args.max_steps=3", "resume=never"]
     for n in range(times):
-        lives = [forked(*FEW, f"name=n{n}", "resume=never") for _ in range(8)]
+        lives = [forked(*small, f"name=n{n}") for _ in range(8)]
         assert [life.wait(600) for life in lives] == [0] * 8
         records = [read(file.parent) for file in folder.glob(f"multirun/n{n}/*/run.json")]
         assert [record["status"] for record in records] == ["completed"] * 8
         logged = [read_metrics(file.parent) for file in folder.glob(f"multirun/n{n}/*/run.json")]
-        assert {len(lines) for lines in logged} == {len(logged[0])} and len(logged[0]) > 6
+        assert {len(lines) for lines in logged} == {len(logged[0])} and len(logged[0]) > 3
 
 
 def test_one_of_many_goes_on_with_an_unfinished_run(forked, folder, broken):

@@ -61,7 +61,7 @@ long = partial(pytest.param, marks=pytest.mark.torture)
 
 
 @pytest.mark.parametrize(
-    ("name", "kills"), [("sft", 9), ("dpo", 9), *(long(name, KILLS[name[:3]]) for name in VARIANTS)]
+    ("name", "kills"), [("sft", 6), ("dpo", 6), *(long(name, KILLS[name[:3]]) for name in VARIANTS)]
 )
 def test_a_run_that_is_killed_at_random_moments_ends_as_if_nothing_had_happened(lives, folder, figure, name, kills):
     questions = [{"role": "user", "content": f"What is {a} + 7?"} for a in range(2, 102)]
@@ -125,12 +125,20 @@ def test_the_stock_stack_still_loses_runs_that_are_killed(lives, folder, figure,
 # ---------------------------------------------------------------- death at every write, rename, sync and removal
 
 
-@pytest.mark.parametrize("begins", ["anew", "again"])
-@pytest.mark.parametrize("ends", [2, long(None)])
-def test_death_at_any_write_costs_no_checkpoint_that_was_there(lives, folder, figure, begins, ends):
+@pytest.fixture(scope="module")
+def three_saves(lives, tmp_path_factory):
+    """What a run of three saves comes to, and the directory of one that has kept them all."""
+    folder = tmp_path_factory.mktemp("saves")
     undisturbed(lives, folder / "calm", *THREE_SAVES)
     undisturbed(lives, folder / "all", *THREE_SAVES, "trainer.args.save_total_limit=3")
-    calm, [whole] = came_to(folder / "calm"), folder.glob("all/multirun/*/*")
+    [whole] = folder.glob("all/multirun/*/*")
+    return came_to(folder / "calm"), whole
+
+
+@pytest.mark.parametrize("begins", ["anew", "again"])
+@pytest.mark.parametrize("ends", [2, long(None)])
+def test_death_at_any_write_costs_no_checkpoint_that_was_there(lives, three_saves, folder, figure, begins, ends):
+    calm, whole = three_saves
     if begins == "again":  # from a kill in its second save
         undisturbed(lives, folder / "first", *THREE_SAVES, str(folder / "before"), code=WITNESS + COMMAND)
         half = next(

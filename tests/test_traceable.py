@@ -146,7 +146,7 @@ def ends_in_the_config(own, overrides, data, experiment, extra, package, order, 
 
 SLOW = list(HealthCheck)
 test_the_chains_of_whatever_is_written_end_in_the_config = settings(
-    max_examples=25, deadline=None, suppress_health_check=SLOW
+    max_examples=15, deadline=None, suppress_health_check=SLOW
 )(WRITTEN(ends_in_the_config))
 test_the_chains_of_a_thousand_end_in_the_config = pytest.mark.torture(
     settings(max_examples=1000, deadline=None, suppress_health_check=SLOW)(WRITTEN(ends_in_the_config))

@@ -2,11 +2,10 @@
 
 import json
 import re
-import subprocess
-import sys
 import urllib.request
 
 import pytest
+from lives import COMMAND
 
 
 def tracked(record) -> tuple:
@@ -76,19 +75,17 @@ def test_other_trackers_are_a_line_of_yaml(smoltrain, capsys, tracker):
     assert tracker in capsys.readouterr().err.lower()
 
 
-def test_the_dashboard_opens_on_this_projects_runs(smoltrain, monkeypatch):
+def test_the_dashboard_opens_on_this_projects_runs(smoltrain, forked, monkeypatch):
     smoltrain("tracking=trackio")
     from trackio.utils import TRACKIO_DIR  # that of the first test of this process: Trackio reads it once
 
     monkeypatch.setenv("TRACKIO_DIR", str(TRACKIO_DIR))
     monkeypatch.setenv("BROWSER", "true")  # the command, which opens nothing
-    monkeypatch.setenv("PYTHONUNBUFFERED", "1")
-    command = [sys.executable, "-m", "smoltrain", "dashboard"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        url = next(match[0] for line in process.stdout if (match := re.search(r"http://[\d.:]+/", line)))
-        with urllib.request.urlopen(url, timeout=20) as page:
-            assert page.status == 200 and "<html" in page.read().decode().lower()
-        process.kill()
+    life = forked("dashboard", code=f"import sys; sys.stdout.reconfigure(line_buffering=True)\n{COMMAND}")
+    life.until("http://")
+    url = re.search(r"http://[\d.:]+/", life.stdout)[0]
+    with urllib.request.urlopen(url, timeout=20) as page:
+        assert page.status == 200 and "<html" in page.read().decode().lower()
 
 
 def test_the_dashboard_opens_on_the_runs_that_a_query_chooses(folder, monkeypatch, capsys):
