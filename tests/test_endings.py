@@ -127,7 +127,7 @@ sys.meta_path.insert(0, Slow())
 """
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGTERM, marks=pytest.mark.torture), signal.SIGINT], ids=str)
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.torture)], ids=str)
 def test_a_signal_ends_a_run_while_it_imports(forked, folder, undisturbed, number):
     command = [sys.executable, "-c", f"{IMPORTING}{RUN}", *FEW]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
