@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
@@ -27,6 +28,7 @@ from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
 from smoltrain.lines import duration, size, some
 from smoltrain.preflight import Preflight, preflight, remarks
+from smoltrain.reference import TOKENS
 
 SAMPLES = 3
 LINES = 12  # of a sample
@@ -172,7 +174,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     cost: dict[str, Any] = {
         "steps": asdict(plan) | ({"epochs": None} if found.streamed else {}),
         "tokens_per_step": round(tokens * plan.effective_batch),
-        "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest else 0.0,
+        "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest and not found.shares else 0.0,
         "longest": longest,
         "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
@@ -188,7 +190,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         checkpoint.dtype,
         checkpoint.quantization_config,
         found.encoder.rows_a_forward * args.per_device_train_batch_size,
-        longest,
+        shared_length(data.train, args.per_device_train_batch_size) if found.shares else longest,
         reference,
     )
     there = available(args.device)
@@ -227,6 +229,13 @@ def batch_length(lengths: np.ndarray, args: Any, longest: int) -> float:
     if getattr(args, "packing", False):
         return longest
     return float(np.random.default_rng(0).choice(lengths, (BATCHES, args.per_device_train_batch_size)).max(1).mean())
+
+
+def shared_length(train: Any, pairs: int) -> int:
+    """The tokens of each of the two rows of a pair in the longest batch, where what they share is computed once."""
+    table = train.with_format("arrow")[:]
+    tokens = np.sort(sum(pc.list_value_length(table[name]).to_numpy() for name in TOKENS))[-pairs:]
+    return math.ceil(tokens.sum() / (2 * len(tokens)))
 
 
 def available(device: Any) -> int:

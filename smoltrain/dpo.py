@@ -12,6 +12,7 @@ TRL's works on it. Exact but for the order of floating-point sums: 1e-6 relative
 
 import inspect
 import types
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -30,6 +31,7 @@ from smoltrain.reference import ahead, base
 PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # what TRL's fused head gives
 IGNORED = -100  # the label of what is not predicted
 ATTENTION = "shared_prefix"
+ALIKE = 0.8  # rows that are at least as long as this share of the longest in a block stand in it, padded
 
 
 class DPOTrainer(trl.DPOTrainer):
@@ -53,7 +55,8 @@ class DPOTrainer(trl.DPOTrainer):
         models = [base(model) for model in (self.model, self.ref_model) if model is not None]
         if self.shared_prefix is False or all(model.config._attn_implementation == ATTENTION for model in models):
             return
-        if why := next(filter(None, map(self.inexact, models)), ""):
+        adapters = [*getattr(self.model, "peft_config", {}).values()]
+        if why := next(filter(None, (self.inexact(model, self.args, adapters) for model in models)), ""):
             if self.shared_prefix:
                 raise ConfigError(f"trainer.shared_prefix=true: {why}")
             print(f"each prompt is computed twice: {why}")
@@ -64,27 +67,37 @@ class DPOTrainer(trl.DPOTrainer):
             model.set_attn_implementation(ATTENTION)
             model.forward = types.MethodType(sharing(model.forward), model)
 
-    def inexact(self, model: Any) -> str:
-        """Why a reply would come to something else than behind a prompt of its own; empty where it would not."""
+    @staticmethod
+    def inexact(model: Any, args: Any, adapters: Sequence[Any] = ()) -> str:
+        """Why a reply would come to something else than behind a prompt of its own; empty where it would not.
+
+        `model` may be one without weights, and stands without its adapters, whose configs they are.
+        """
         config = model.config.get_text_config()
         others = sorted({*(getattr(config, "layer_types", None) or ())} - {"full_attention"})
-        takes = inspect.signature(model.forward).parameters
-        if self._is_vision_dataset:
-            return "its rows have images"
+        balance = args.router_aux_loss_coef
+        if balance is None:
+            balance = getattr(config, "router_aux_loss_coef", 0.0)
+        if config is not model.config:
+            return f"{model.config.model_type} sees images"
         if config._attn_implementation != "sdpa":
             return f"model.attn_implementation={config._attn_implementation}, and it is sdpa that can share"
         if model._is_stateful or others:
             return f"{config.model_type} has layers other than full attention{', ' * bool(others)}{', '.join(others)}"
         if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):
             return f"{config.model_type} sees a window of {config.sliding_window} tokens only"
-        if not model._supports_attention_backend or "position_ids" not in takes:
+        if not model._supports_attention_backend or "position_ids" not in inspect.signature(model.forward).parameters:
             return f"transformers lets nobody place the tokens of {config.model_type} and change its attention"
         if not all(getattr(part, "is_causal", True) for part in model.modules()):
             return f"{config.model_type} lets tokens see those that follow"
-        if self.aux_loss_enabled:
-            return "its experts are balanced over all tokens of a batch"
-        if any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()):
-            return "both replies would have one dropout of the prompt"
+        if any(adapter.is_prompt_learning for adapter in adapters):
+            return "the adapter puts tokens of its own before each row"
+        if hasattr(config, "output_router_logits") and balance:
+            return (
+                f"{config.model_type} balances its experts over all tokens of a batch (router_aux_loss_coef={balance})"
+            )
+        if any(isinstance(part, torch.nn.Dropout) and part.p for part in model.modules()) and not args.disable_dropout:
+            return "both replies would have one dropout of the prompt (disable_dropout=false)"
         return ""
 
 
@@ -92,15 +105,17 @@ class DPOTrainer(trl.DPOTrainer):
 class Layout:
     """A batch of pairs as one row of tokens, each of a common beginning once.
 
-    `ids` and `positions` (1, tokens) are what the model gets. `rows` (2 x pairs, width) says of each place in TRL's
-    batch which token stands there, and `own` (tokens) of each token a place of it. `predicted` (2 x pairs, width - 1)
-    are TRL's places that are scored, in whose order `source` and `labels` (1, places) are the tokens that predict
-    them and those that are predicted.
+    `ids` and `positions` (1, tokens) are what the model gets. For its attention the replies stand each behind its
+    prompt again, those of about one length in a block of this many rows and columns (`blocks`): `seen` are the tokens
+    in them, one block after the other, and `own` (tokens) is where among these each token is computed. `predicted`
+    (2 x pairs, width - 1) are TRL's places that are scored, in whose order `source` and `labels` (1, places) are the
+    tokens that predict them and those that are predicted.
     """
 
     ids: Tensor
     positions: Tensor
-    rows: Tensor
+    blocks: list[tuple[int, int]]
+    seen: Tensor
     own: Tensor
     predicted: Tensor
     source: Tensor
@@ -117,17 +132,35 @@ def laid_out(ids: Tensor, attended: Tensor, labels: Tensor) -> Layout:
     number = (once.flatten().cumsum(0) - 1).view_as(ids).clamp(min=0)
     rows = torch.cat([number[:pairs], torch.where(common, number[:pairs], number[pairs:])])
     own = once.flatten().nonzero()[:, 0]
+    blocks, places = apart(real.sum(1), width)
+    order = torch.empty_like(rows).flatten().index_copy(0, places, torch.arange(len(places), device=ids.device))
     predicted = labels[:, 1:] != IGNORED
-    places = predicted.flatten().nonzero()[:, 0]
+    scored = predicted.flatten().nonzero()[:, 0]
     return Layout(
         ids=ids.flatten()[own][None],
         positions=(own % width)[None],
-        rows=rows,
-        own=own,
+        blocks=blocks,
+        seen=rows.flatten()[places],
+        own=order[own],
         predicted=predicted,
-        source=rows[:, :-1].flatten()[places][None],
-        labels=labels[:, 1:].flatten()[places][None],
+        source=rows[:, :-1].flatten()[scored][None],
+        labels=labels[:, 1:].flatten()[scored][None],
     )
+
+
+def apart(lengths: Tensor, width: int) -> tuple[list[tuple[int, int]], Tensor]:
+    """Blocks of rows of about one length, the longest first, and where in a batch of this width their places are."""
+    order = lengths.argsort(descending=True, stable=True)
+    sizes = lengths[order].tolist()
+    starts = [0]
+    for row, size in enumerate(sizes):
+        if size < ALIKE * sizes[starts[-1]]:
+            starts.append(row)
+    ends = [*starts[1:], len(sizes)]
+    blocks = [(end - start, sizes[start]) for start, end in zip(starts, ends, strict=True)]
+    columns = torch.arange(width, device=lengths.device)
+    places = [(order[a:b, None] * width + columns[: sizes[a]]).flatten() for a, b in zip(starts, ends, strict=True)]
+    return blocks, torch.cat(places)
 
 
 def sharing(forward: Any) -> Any:
@@ -190,13 +223,15 @@ def attend(
     """
     if shared_prefix is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **named)
-    rows, own = shared_prefix.rows, shared_prefix.own
+    blocks, seen = shared_prefix.blocks, shared_prefix.seen
 
-    def apart(states: Tensor) -> Tensor:  # (1, heads, tokens, size) to (2 x pairs, heads, width, size)
-        return states[0].index_select(1, rows.flatten()).unflatten(1, rows.shape).transpose(0, 1)
+    def of_blocks(states: Tensor) -> list[Tensor]:  # (1, heads, tokens, size) to blocks of (rows, heads, width, size)
+        parts = states[0].index_select(1, seen).split([rows * width for rows, width in blocks], dim=1)
+        return [part.unflatten(1, block).transpose(0, 1) for part, block in zip(parts, blocks, strict=True)]
 
-    out, _ = sdpa_attention_forward(module, apart(query), apart(key), apart(value), None, **named)
-    return out.flatten(0, 1).index_select(0, own)[None], None
+    each = zip(of_blocks(query), of_blocks(key), of_blocks(value), strict=True)
+    out = [sdpa_attention_forward(module, *block, None, **named)[0].flatten(0, 1) for block in each]
+    return torch.cat(out).index_select(0, shared_prefix.own)[None], None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -32,7 +32,8 @@ OFTEN = 0.75  # and so do pairs of which this share has the same side longer
 class Preflight:
     """The parts of a run before any weight is loaded, as far as they could be made, and what would stop it.
 
-    `skeleton` is the model without weights. `compared` conversations read the same in training as in serving.
+    `skeleton` is the model without weights. `compared` conversations read the same in training as in serving. Whether
+    the trainer computes what the replies of a pair have in common once, `shares` says.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -43,6 +44,7 @@ class Preflight:
     trainer: Any = None
     data: Any = None
     streamed: bool = False
+    shares: bool = False
     compared: int = 0
 
     @property
@@ -100,6 +102,8 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
         with found.part("trainer.peft_config"):
             found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])
         found.errors += without_experts(found.skeleton, getattr(found.args, "router_aux_loss_coef", None))
+        with found.part("trainer.shared_prefix"):
+            found.shares = shares(found.skeleton, found.trainer)
         with found.part("trainer.args.optim"):
             found.trainer.func.get_optimizer_cls_and_kwargs(found.args, found.skeleton)
     with found.part("data"):
@@ -197,6 +201,17 @@ def without_experts(skeleton: Any, coefficient: float | None) -> list[str]:
     if coefficient and not hasattr(skeleton.config.get_text_config(), "output_router_logits"):
         return [f"trainer.args.router_aux_loss_coef={coefficient}: this model has no experts to balance; leave it out"]
     return []
+
+
+def shares(skeleton: Any, trainer: Any) -> bool:
+    """Whether a trainer computes prefixes once. Raises ConfigError where it is told to, and that would not be exact."""
+    given = trainer.keywords
+    if given.get("shared_prefix") is False or not hasattr(trainer.func, "inexact"):
+        return False
+    why = trainer.func.inexact(skeleton, given["args"], [*filter(None, [given["peft_config"]])])
+    if why and given.get("shared_prefix"):
+        raise ConfigError(f"trainer.shared_prefix=true: {why}")
+    return not why
 
 
 def without_position(skeleton: Any, longest: int, max_length: int | None) -> list[str]:

@@ -8,6 +8,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from trl import DPOConfig
 
+from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
 from smoltrain.dpo import DPOTrainer, laid_out
 from smoltrain.model import locate
@@ -149,9 +150,9 @@ def test_a_batch_is_one_row_in_which_a_common_beginning_stands_once():
     laid = laid_out(ids, (ids > 0).long(), labels)
     assert laid.ids.tolist() == [[1, 2, 3, 7, 8, 9, 5, 4, 5]]
     assert laid.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, 3]]
-    assert laid.rows[:, :3].tolist() == [[0, 1, 2], [3, 4, 5], [0, 1, 7], [3, 4, 5]]
-    assert laid.rows[[1, 2], 3].tolist() == [6, 8]  # the others are padding, which nothing sees
-    assert laid.rows.flatten()[laid.own].tolist() == [*range(9)]
+    assert laid.blocks == [(2, 4), (2, 3)]  # rows of one length stand together, behind their prompts
+    assert laid.seen.tolist() == [3, 4, 5, 6, 0, 1, 7, 8, 0, 1, 2, 3, 4, 5]
+    assert laid.seen[laid.own].tolist() == [*range(9)]
     assert laid.source.tolist() == [[1, 3, 4, 5, 1, 7, 3, 4]] and laid.labels.tolist() == [[3, 8, 9, 5, 4, 5, 8, 9]]
 
 
@@ -203,7 +204,7 @@ def test_the_architectures_that_people_train_are_exact(folder, kind):
         ("gemma3_text", {"sliding_window": 8}, "gemma3_text has layers other than full attention, sliding_attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers other than full attention, conv"),
         ("mamba", {"attn_implementation": "eager"}, "model.attn_implementation=eager"),
-        ("mixtral", {}, "its experts are balanced over all tokens of a batch"),
+        ("mixtral", {}, "mixtral balances its experts over all tokens of a batch"),
         ("llama", {"attn_implementation": "eager"}, "model.attn_implementation=eager, and it is sdpa that can share"),
         ("gpt2", {}, "both replies would have one dropout of the prompt"),
     ],
@@ -214,3 +215,14 @@ def test_where_it_is_not_exact_trl_does_as_it_always_does_and_that_is_said(folde
     assert one.shared_prefix is False and f"each prompt is computed twice: {why}" in capsys.readouterr().out
     with pytest.raises(ConfigError, match=rf"trainer\.shared_prefix=true: {why}"):
         trainer(folder, data, True, small(kind, **own), **args)
+
+
+def test_what_cannot_share_is_refused_before_a_weight_is_loaded(folder, capsys):
+    command = ["trainer=dpo", "trainer.shared_prefix=true", "data.train_rows=8", "data.test_rows=8"]
+    assert main([*command, "model.attn_implementation=eager"]) == 2
+    assert "trainer.shared_prefix=true: model.attn_implementation=eager" in capsys.readouterr().err
+    prompts = ["++trainer.peft_config._target_=peft.PromptTuningConfig", "++trainer.peft_config.num_virtual_tokens=4"]
+    prompts += ["++trainer.peft_config.task_type=CAUSAL_LM", "++trainer.peft_config.tokenizer_name_or_path=null"]
+    assert main([*command, *prompts]) == 2
+    assert "the adapter puts tokens of its own before each row" in capsys.readouterr().err
+    assert not (folder / "multirun").exists()
