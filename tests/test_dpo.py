@@ -111,12 +111,16 @@ def test_every_loss_is_trls(folder, loss):
     assert metrics == pytest.approx(said, rel=1e-4, abs=1e-5)
 
 
-@pytest.mark.parametrize("way", ["whole", "lora", "ahead", "accumulated"])
+@pytest.mark.parametrize("way", ["whole", "lora", "ahead", "accumulated", "recomputed"])
 def test_fifty_steps_are_the_same_fifty_steps(folder, way):
     from peft import LoraConfig
 
     lora = LoraConfig(r=4, target_modules="all-linear") if way == "lora" else None
-    args = {"max_steps": 50, "precompute_ref_log_probs": way == "ahead"}
+    args = {
+        "max_steps": 50,
+        "precompute_ref_log_probs": way == "ahead",
+        "activation_checkpointing": way == "recomputed",
+    }
     args |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2} if way == "accumulated" else {}
     losses = []
     for shared in (True, False):
@@ -140,7 +144,10 @@ def test_a_prompt_is_computed_once_and_the_head_where_a_reply_is_predicted(folde
     monkeypatch.setattr(
         utils._ChunkedLogProbFunction, "apply", lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest)
     )
-    ours.compute_ref_log_probs(ours.model, batch)
+    labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+    given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
+    out = ours.model(**given, fused_lm_head=True)
+    assert out.label_mask.equal(labels[:, 1:] != -100) and out.log_probs.shape == out.label_mask.shape
     assert batch["input_ids"].shape == (8, 50) and seen == [(1, 240)] and scored == [80]
 
 
