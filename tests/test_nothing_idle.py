@@ -6,7 +6,9 @@ import functools
 import shutil
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, is_dataclass
+from inspect import CO_VARKEYWORDS
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -110,8 +112,8 @@ class Trace:
         if own:
             self.read |= {f"{key}.{name}" for name in names - taken if loaded(name, executed)}
         elif partial or not is_dataclass(target):
-            code = target.__init__.__code__
-            self.read |= {f"{key}.{name}" for name in names if name in code.co_varnames and name in loads(code)}
+            codes = [*makers(target)]
+            self.read |= {f"{key}.{n}" for n in names if any(n in c.co_varnames and n in loads(c) for c in codes)}
         if isinstance(target, type) and not partial:
             self.watch(target, key)
         return made
@@ -165,6 +167,16 @@ def loads(code: CodeType) -> set[str]:
     found = {i.argval for i in dis.get_instructions(code) if i.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))}
     inner = [loads(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return {str(name) for name in found}.union(*inner)
+
+
+def makers(kind: type) -> Iterator[CodeType]:
+    """The code of each `__init__` that sees what a class is made with: one that takes any name hands it on."""
+    for owner in kind.__mro__:
+        own = vars(owner).get("__init__")
+        if isinstance(own, FunctionType):
+            yield own.__code__
+            if not own.__code__.co_flags & CO_VARKEYWORDS:
+                return
 
 
 def loaded(name: str, executed: set[CodeType]) -> bool:
