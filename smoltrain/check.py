@@ -174,7 +174,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     cost: dict[str, Any] = {
         "steps": asdict(plan) | ({"epochs": None} if found.streamed else {}),
         "tokens_per_step": round(tokens * plan.effective_batch),
-        "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest and not found.shares else 0.0,
+        "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest and not found.unpadded else 0.0,
         "longest": longest,
         "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
@@ -190,7 +190,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         checkpoint.dtype,
         checkpoint.quantization_config,
         found.encoder.rows_a_forward * args.per_device_train_batch_size,
-        shared_length(data.train, args.per_device_train_batch_size) if found.shares else longest,
+        row_length(found, longest) if found.unpadded else longest,
         reference,
     )
     there = available(args.device)
@@ -231,11 +231,14 @@ def batch_length(lengths: np.ndarray, args: Any, longest: int) -> float:
     return float(np.random.default_rng(0).choice(lengths, (BATCHES, args.per_device_train_batch_size)).max(1).mean())
 
 
-def shared_length(train: Any, pairs: int) -> int:
-    """The tokens of each of the two rows of a pair in the longest batch, where what they share is computed once."""
-    table = train.with_format("arrow")[:]
-    tokens = np.sort(sum(pc.list_value_length(table[name]).to_numpy() for name in TOKENS))[-pairs:]
-    return math.ceil(tokens.sum() / (2 * len(tokens)))
+def row_length(found: Preflight, longest: int) -> int:
+    """Tokens of each row of the longest batch, where no padding is computed, and once what the rows of a pair share."""
+    if getattr(found.args, "packing", False):
+        return longest
+    columns = [name for name in ("input_ids", *TOKENS) if name in found.data.train.column_names]
+    table = found.data.train.with_format("arrow")[:]
+    tokens = np.sort(sum(pc.list_value_length(table[name]).to_numpy() for name in columns))
+    return math.ceil(tokens[-found.args.per_device_train_batch_size :].mean() / found.encoder.rows_a_forward)
 
 
 def available(device: Any) -> int:

@@ -33,7 +33,7 @@ class Preflight:
     """The parts of a run before any weight is loaded, as far as they could be made, and what would stop it.
 
     `skeleton` is the model without weights. `compared` conversations read the same in training as in serving. Whether
-    the trainer computes what the replies of a pair have in common once, `shares` says.
+    the trainer computes rows without their padding, `unpadded` says.
     """
 
     errors: list[str] = field(default_factory=list)
@@ -44,7 +44,7 @@ class Preflight:
     trainer: Any = None
     data: Any = None
     streamed: bool = False
-    shares: bool = False
+    unpadded: bool = False
     compared: int = 0
 
     @property
@@ -102,8 +102,8 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
         with found.part("trainer.peft_config"):
             found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])
         found.errors += without_experts(found.skeleton, getattr(found.args, "router_aux_loss_coef", None))
-        with found.part("trainer.shared_prefix"):
-            found.shares = shares(found.skeleton, found.trainer)
+        with found.part("trainer"):
+            found.unpadded = without_padding(found.skeleton, found.trainer)
         with found.part("trainer.args.optim"):
             found.trainer.func.get_optimizer_cls_and_kwargs(found.args, found.skeleton)
     with found.part("data"):
@@ -203,14 +203,14 @@ def without_experts(skeleton: Any, coefficient: float | None) -> list[str]:
     return []
 
 
-def shares(skeleton: Any, trainer: Any) -> bool:
-    """Whether a trainer computes prefixes once. Raises ConfigError where it is told to, and that would not be exact."""
-    given = trainer.keywords
-    if given.get("shared_prefix") is False or not hasattr(trainer.func, "inexact"):
+def without_padding(skeleton: Any, trainer: Any) -> bool:
+    """Whether a trainer computes no padding. Raises ConfigError where it is told to, and that would not be exact."""
+    given, layout = trainer.keywords, getattr(trainer.func, "layout", None)
+    if layout is None or given.get(layout) is False:
         return False
     why = trainer.func.inexact(skeleton, given["args"], [*filter(None, [given["peft_config"]])])
-    if why and given.get("shared_prefix"):
-        raise ConfigError(f"trainer.shared_prefix=true: {why}")
+    if why and given.get(layout):
+        raise ConfigError(f"trainer.{layout}=true: {why}")
     return not why
 
 

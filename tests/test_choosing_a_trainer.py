@@ -103,9 +103,9 @@ def test_an_unknown_trainer_lists_the_choices(smoltrain, folder, capsys):
 DPO = "defaults:\n  - override /trainer: dpo\n  - _self_\n"
 SFT = "defaults:\n  - override /trainer: sft\n  - _self_\n"
 PRIORITY = [  # file, command line, key, what runs
-    ("", [], "trainer._target_", "trl.SFTTrainer"),
+    ("", [], "trainer._target_", "smoltrain.sft.SFTTrainer"),
     (DPO, [], "trainer._target_", "smoltrain.dpo.DPOTrainer"),
-    (DPO, ["trainer=sft"], "trainer._target_", "trl.SFTTrainer"),
+    (DPO, ["trainer=sft"], "trainer._target_", "smoltrain.sft.SFTTrainer"),
     (SFT, ["trainer=dpo"], "trainer._target_", "smoltrain.dpo.DPOTrainer"),
     ("", ["model=smollm2_135m"], "trainer.args.learning_rate", 2e-5),
     ("trainer: {args: {learning_rate: 3.0}}", [], "trainer.args.learning_rate", 3.0),
@@ -194,7 +194,7 @@ def test_the_sft_loss_counts_the_reply_and_the_end_of_turn_only(live):
 def test_a_sweep_makes_four_labelled_runs(smoltrain):
     records = smoltrain("-m", "trainer=sft,dpo", "seed=1,2")
     assert [(r["trainer"], r["seed"]) for r in records] == [
-        (trainer, seed) for trainer in ("trl.SFTTrainer", "smoltrain.dpo.DPOTrainer") for seed in (1, 2)
+        (trainer, seed) for trainer in ("smoltrain.sft.SFTTrainer", "smoltrain.dpo.DPOTrainer") for seed in (1, 2)
     ]
     names = [r["directory"].name for r in records]
     assert names == ["0_trainer-sft_seed-1", "1_trainer-sft_seed-2", "2_trainer-dpo_seed-1", "3_trainer-dpo_seed-2"]

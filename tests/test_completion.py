@@ -168,7 +168,8 @@ def test_the_values_that_can_be_chosen_are_offered(words, expected):
 
 def test_keys_come_level_by_level():
     assert all(word.count(".") == 2 for word in offered("trainer.args."))
-    assert set(offered("trainer.")) == {"trainer.args.", "trainer.peft_config="}  # the rest is handed over live
+    offers = {"trainer.args.", "trainer.peft_config=", "trainer.unpadded="}  # the rest is handed over live
+    assert set(offered("trainer.")) == offers
     assert offered("eval") == offered("evaluation.")
     assert offered("peft=lora", "trainer.p") == offered("peft=lora", "trainer.peft_config.")
 

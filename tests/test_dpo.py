@@ -10,8 +10,9 @@ from trl import DPOConfig
 
 from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
-from smoltrain.dpo import DPOTrainer, laid_out
+from smoltrain.dpo import DPOTrainer, first
 from smoltrain.model import locate
+from smoltrain.unpadded import laid_out
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own
 
@@ -154,7 +155,8 @@ def test_a_prompt_is_computed_once_and_the_head_where_a_reply_is_predicted(folde
 def test_a_batch_is_one_row_in_which_a_common_beginning_stands_once():
     ids = torch.tensor([[1, 2, 3, 0], [7, 8, 9, 5], [1, 2, 4, 5], [7, 8, 9, 0]])
     labels = torch.tensor([[-100, -100, 3, -100], [-100, 8, 9, 5], [-100, -100, 4, 5], [-100, 8, 9, -100]])
-    laid = laid_out(ids, (ids > 0).long(), labels)
+    real = ids > 0
+    laid = laid_out(ids, labels, real, torch.arange(4).expand_as(ids), first(ids, real))
     assert laid.ids.tolist() == [[1, 2, 3, 7, 8, 9, 5, 4, 5]]
     assert laid.positions.tolist() == [[0, 1, 2, 0, 1, 2, 3, 2, 3]]
     assert laid.blocks == [(2, 4), (2, 3)]  # rows of one length stand together, behind their prompts
@@ -163,6 +165,8 @@ def test_a_batch_is_one_row_in_which_a_common_beginning_stands_once():
     assert laid.source.tolist() == [[1, 3, 4, 5, 1, 7, 3, 4]] and laid.labels.tolist() == [[3, 8, 9, 5, 4, 5, 8, 9]]
 
 
+KINDS = ("llama", "qwen2", "qwen3", "gemma", "phi3", "olmo2", "granite", "cohere", "glm4", "starcoder2", "gpt_neox")
+KINDS += ("mixtral",)
 SMALL = {"vocab_size": 500, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "pad_token_id": 0}
 SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "initializer_range": 0.2}
 
@@ -175,23 +179,7 @@ def small(kind: str, **own) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation=own.get("attn_implementation", "sdpa"))
 
 
-@pytest.mark.parametrize(
-    "kind",
-    [
-        "llama",
-        "qwen2",
-        "qwen3",
-        "gemma",
-        "phi3",
-        "olmo2",
-        "granite",
-        "cohere",
-        "glm4",
-        "starcoder2",
-        "gpt_neox",
-        "mixtral",
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_architectures_that_people_train_are_exact(folder, kind):
     data, balance = rows(4, (0, 30), (3, 30)), 0.0 if kind == "mixtral" else None
     ours, stock = (
@@ -212,7 +200,7 @@ def test_the_architectures_that_people_train_are_exact(folder, kind):
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers other than full attention, conv"),
         ("mamba", {"attn_implementation": "eager"}, "model.attn_implementation=eager"),
         ("mixtral", {}, "mixtral balances its experts over all tokens of a batch"),
-        ("llama", {"attn_implementation": "eager"}, "model.attn_implementation=eager, and it is sdpa that can share"),
+        ("llama", {"attn_implementation": "eager"}, "model.attn_implementation=eager, and it is sdpa that can"),
         ("gpt2", {}, "both replies would have one dropout of the prompt"),
     ],
 )

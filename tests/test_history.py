@@ -119,7 +119,7 @@ def test_objectives_of_several_names_are_named_beside_their_values(said, kept):
     [
         (["status=completed"], [1, 2, 4, 5]),
         (["trainer=dpo"], [1]),
-        (["trainer=trl.SFTTrainer"], [0, 2, 3, 4, 5]),
+        (["trainer=smoltrain.sft.SFTTrainer"], [0, 2, 3, 4, 5]),
         (["model=tiny"], [0, 1, 2, 3, 4, 5]),
         (["model=pkg://smoltrain/tiny", "name=hot"], [3]),
         (["run=20260104-000000-dddd/0_seed-1"], [2]),
@@ -451,7 +451,7 @@ def test_a_comparison_as_data(said, kept):
     kept("two/b", trainer="dpo")
     answer = json.loads(said("compare", "one", "two", "--json"))
     assert answer["config"]["trainer.args.beta"] == {"B": 0.1} and answer["versions"] == {}
-    assert answer["config"]["trainer._target_"] == {"A": "trl.SFTTrainer", "B": "smoltrain.dpo.DPOTrainer"}
+    assert answer["config"]["trainer._target_"] == {"A": "smoltrain.sft.SFTTrainer", "B": "smoltrain.dpo.DPOTrainer"}
     assert answer["runs"]["A"]["results"]["eval_loss"] == answer["runs"]["A"]["objective"]
     assert {"train", "test"} <= set(answer["data"])
 

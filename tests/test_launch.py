@@ -221,7 +221,7 @@ def test_yes_runs_what_was_shown_and_the_next_run_can_start_from_it(launch, fold
     launch(answers(parameters=["max_steps", "1"], start="y"))
     (file,) = folder.glob("multirun/default/*/run.json")
     record = json.loads(file.read_text())
-    assert (record["status"], record["trainer"], record["steps"]) == ("completed", "trl.SFTTrainer", 1)
+    assert (record["status"], record["trainer"], record["steps"]) == ("completed", "smoltrain.sft.SFTTrainer", 1)
     assert record["overrides"] == ["trainer=sft", "trainer.args.max_steps=1"]
     first = file.parent.relative_to(folder)
     output = launch(answers(parent=["2", "1"], trainer=["2"]))

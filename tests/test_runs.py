@@ -28,7 +28,7 @@ def test_the_record_says_what_ran(smoltrain):
         "completed",
         3,
         2,
-        "trl.SFTTrainer",
+        "smoltrain.sft.SFTTrainer",
     )
     for split, given in (("train", 32), ("test", 8)):
         rows = record["rows"][split]
@@ -82,7 +82,7 @@ def test_a_run_starts_from_another(smoltrain, capsys):
     assert dpo["parent"] == {
         "directory": str(sft["directory"]),
         "config_hash": sft["config_hash"],
-        "trainer": "trl.SFTTrainer",
+        "trainer": "smoltrain.sft.SFTTrainer",
     }
     assert dpo["metrics"]["before/exact_match"] == sft["metrics"]["exact_match"]
     assert dpo["config"]["model"]["from_run"] == str(sft["directory"])

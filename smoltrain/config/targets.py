@@ -68,9 +68,9 @@ CALLBACK = Kind(
 )
 TRAINER = Kind(
     "a trainer of TRL",
-    ("trl.*", "smoltrain.dpo.DPOTrainer"),
+    ("trl.*", "smoltrain.sft.SFTTrainer", "smoltrain.dpo.DPOTrainer"),
     ("transformers.trainer.Trainer",),
-    ("trl.SFTTrainer", "smoltrain.dpo.DPOTrainer", "trl.KTOTrainer"),
+    ("smoltrain.sft.SFTTrainer", "smoltrain.dpo.DPOTrainer", "trl.KTOTrainer"),
 )
 ARGUMENTS = Kind(
     "the config class of a trainer",

@@ -35,7 +35,7 @@ IMPORTED: tuple[str, ...] = (
     "transformers.Trainer",
     "datasets",
     "peft",
-    "trl.SFTTrainer",
+    "smoltrain.sft.SFTTrainer",
     "trl.SFTConfig",
     "pandas",
 )
