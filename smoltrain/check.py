@@ -170,11 +170,11 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     kept = sum(int(side["train"].part.length[side["train"].kept].sum()) for side in data.sides.values())
     tokens = facts["rows"]["train"]["tokens"] / max(kept, 1) * data.lengths.mean()  # of a row, as weights draw them
     tokens *= len(data.lengths) / packed_rows(args, data.lengths)
-    widest = batch_length(data.lengths, args, longest)
+    most, usual = of_a_row(found, longest)
     cost: dict[str, Any] = {
         "steps": asdict(plan) | ({"epochs": None} if found.streamed else {}),
         "tokens_per_step": round(tokens * plan.effective_batch),
-        "padding": 1 - tokens / (found.encoder.rows_a_forward * widest) if widest and not found.unpadded else 0.0,
+        "padding": 1 - tokens / (found.encoder.rows_a_forward * usual) if tokens and not found.unpadded else 0.0,
         "longest": longest,
         "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
@@ -190,7 +190,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         checkpoint.dtype,
         checkpoint.quantization_config,
         found.encoder.rows_a_forward * args.per_device_train_batch_size,
-        row_length(found, longest) if found.unpadded else longest,
+        math.ceil(most),
         reference,
     )
     there = available(args.device)
@@ -212,8 +212,8 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     wanted = Path(checkpoint.source).is_dir() if cfg.check.step is None else cfg.check.step
     if found.fit and wanted:
         cost["step"] = one_step(cfg, found, facts["parameters"], longest)
-        share = (widest or longest) / longest  # of a batch on average, in the longest one
-        cost["seconds"] = cost["step"]["seconds_of_batch"] * share * args.gradient_accumulation_steps * plan.total
+        steps = args.gradient_accumulation_steps * plan.total
+        cost["seconds"] = cost["step"]["seconds_of_batch"] * usual / most * steps
     return cost
 
 
@@ -224,21 +224,21 @@ def packed_rows(args: Any, lengths: np.ndarray) -> int:
     return len(lengths)
 
 
-def batch_length(lengths: np.ndarray, args: Any, longest: int) -> float:
-    """Tokens that each row of a batch takes on average, padding counted, from batches drawn as a trainer does."""
-    if getattr(args, "packing", False):
-        return longest
-    return float(np.random.default_rng(0).choice(lengths, (BATCHES, args.per_device_train_batch_size)).max(1).mean())
+def of_a_row(found: Preflight, longest: int) -> tuple[float, float]:
+    """Tokens that the model computes of each row of a forward pass: in the longest batch, and on average.
 
-
-def row_length(found: Preflight, longest: int) -> int:
-    """Tokens of each row of the longest batch, where no padding is computed, and once what the rows of a pair share."""
-    if getattr(found.args, "packing", False):
-        return longest
-    columns = [name for name in ("input_ids", *TOKENS) if name in found.data.train.column_names]
-    table = found.data.train.with_format("arrow")[:]
+    Padding is counted where it is computed, from batches drawn as a trainer does; else what a pair shares counts once.
+    """
+    data, size = found.data, found.args.per_device_train_batch_size
+    if getattr(found.args, "packing", False) or not data.lengths.any():
+        return longest, longest
+    if not found.unpadded:
+        drawn = np.random.default_rng(0).choice(data.lengths, (BATCHES, size))
+        return longest, float(drawn.max(1).mean())
+    columns = [name for name in ("input_ids", *TOKENS) if name in data.train.column_names]
+    table = data.train.with_format("arrow")[:]
     tokens = np.sort(sum(pc.list_value_length(table[name]).to_numpy() for name in columns))
-    return math.ceil(tokens[-found.args.per_device_train_batch_size :].mean() / found.encoder.rows_a_forward)
+    return tokens[-size:].mean() / found.encoder.rows_a_forward, tokens.mean() / found.encoder.rows_a_forward
 
 
 def available(device: Any) -> int:
@@ -267,7 +267,7 @@ def one_step(cfg: DictConfig, found: Preflight, parameters: int, longest: int) -
             found = replace(found, data=replace(data, train=longest_rows, test=data.test.select([0])))
         trainer = build(cfg, found, [])
         order = np.arange(len(trainer.train_dataset))
-        inputs = collated(trainer, order[:rows], longest)
+        inputs = whole = collated(trainer, order[:rows], longest)
         width = length = max(value.shape[1] for value in inputs.values() if value.ndim == 2)
         if trainer.args.device.type == "cpu":
             tokens = int(STEP / (6 * parameters * found.encoder.rows_a_forward))
@@ -278,7 +278,7 @@ def one_step(cfg: DictConfig, found: Preflight, parameters: int, longest: int) -
         slope = took.seconds
         if length < width:  # of a large model: what the update takes does not grow with the tokens
             slope = 2 * max(0.0, took.seconds - budget.step(trainer, first_columns(inputs, length // 2)).seconds)
-        left = size * width / (rows * length) - 1
+        left = computed(whole, found.unpadded) / computed(first_columns(inputs, length), found.unpadded) - 1
     return asdict(took) | {"rows": rows, "length": length, "seconds_of_batch": took.seconds + left * slope}
 
 
@@ -290,6 +290,13 @@ def collated(trainer: Any, order: np.ndarray, length: int) -> dict[str, Any]:
     rows = max(1, inputs["input_ids"].numel() // length)
     apart = {name: inputs[name].flatten()[: rows * length].view(rows, -1) for name in ("input_ids", "labels")}
     return apart | {"attention_mask": torch.ones_like(apart["input_ids"])}
+
+
+def computed(inputs: dict[str, Any], unpadded: bool) -> int:
+    """Tokens of a batch that the model computes."""
+    if unpadded:
+        return int(inputs["attention_mask"].sum())
+    return max(value.numel() for value in inputs.values() if value.ndim == 2)
 
 
 def first_columns(inputs: dict[str, Any], length: int) -> dict[str, Any]:

@@ -70,7 +70,7 @@ def inexact(model: Any, args: Any, adapters: Sequence[Any] = ()) -> str:
     if config is not model.config:
         return f"{model.config.model_type} sees images"
     if config._attn_implementation not in ("sdpa", ATTENTION):
-        return f"model.attn_implementation={config._attn_implementation}, and it is sdpa that can"
+        return f"model.attn_implementation={config._attn_implementation}; only sdpa sees rows apart"
     if model._is_stateful or others:
         return f"{config.model_type} has layers other than full attention{', ' * bool(others)}{', '.join(others)}"
     if not hasattr(config, "layer_types") and getattr(config, "sliding_window", None):

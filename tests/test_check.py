@@ -95,6 +95,20 @@ def test_pairs_are_weighed_against_each_other(checked):
     assert code == 1 and facts["budget"]["memory"]["reference"] > 0
 
 
+def test_padding_is_reckoned_where_it_is_computed(checked):
+    write("mine.jsonl", [*rows(60), *({"prompt": f"{i} " + "word " * 60, "completion": "yes"} for i in range(20))])
+    costs = {}
+    for asked in ("true", "false"):
+        given = ("data.path=mine.jsonl", "data.test_rows=8", f"trainer.unpadded={asked}")
+        code, facts, out, _ = checked(*given, "check.step=true")
+        costs[asked] = cost = facts["budget"]
+        assert code == 0 and f"{cost['padding']:.0%} of a batch is padding" in out
+    without, stock = costs["true"], costs["false"]
+    assert without["padding"] == 0 and 0.3 < stock["padding"] < 0.8
+    ratio = [cost["seconds"] / cost["step"]["seconds_of_batch"] / cost["steps"]["total"] for cost in (without, stock)]
+    assert ratio[0] < 0.6 and ratio[1] > 0.8  # of a batch on average, in the longest one
+
+
 def test_packed_rows_are_reckoned_as_long_as_can_be(checked):
     packed = ("trainer.args.packing=true", "trainer.args.max_length=128", "trainer.args.per_device_train_batch_size=4")
     code, facts, _, _ = checked("data.train_rows=200", "data.test_rows=8", *packed)

@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer
 from trl import DPOConfig
 
 from smoltrain.__main__ import main
@@ -62,16 +62,19 @@ def trainer(folder, data: Dataset, shared: bool | None, model=None, lora=None, *
     )
 
 
-def came_to(one: DPOTrainer, batch: dict) -> tuple[torch.Tensor, torch.Tensor, dict]:
-    """The log-probability of each reply, all gradients, and the metrics, of one batch."""
+def per_reply(one: DPOTrainer, batch: dict) -> torch.Tensor:
+    return torch.cat(one.compute_ref_log_probs(one.model, batch))
+
+
+def came_to(one: Trainer, batch: dict, scored=per_reply) -> tuple[torch.Tensor, torch.Tensor, dict]:
+    """The log-probabilities that are `scored`, all gradients, and the metrics, of one batch."""
     one.model.train()
     with torch.no_grad():
-        chosen, rejected = one.compute_ref_log_probs(one.model, batch)
+        logps = scored(one, batch)
     one.model.zero_grad()
     one.compute_loss(one.model, dict(batch)).backward()
     gradients = [p.grad.flatten() for p in one.model.parameters() if p.grad is not None]
-    metrics = {name: values[-1] for name, values in one._metrics["train"].items()}
-    return torch.cat([chosen, rejected]), torch.cat(gradients), metrics
+    return logps, torch.cat(gradients), {name: values[-1] for name, values in one._metrics["train"].items()}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +203,7 @@ def test_the_architectures_that_people_train_are_exact(folder, kind):
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "lfm2 has layers other than full attention, conv"),
         ("mamba", {"attn_implementation": "eager"}, "model.attn_implementation=eager"),
         ("mixtral", {}, "mixtral balances its experts over all tokens of a batch"),
-        ("llama", {"attn_implementation": "eager"}, "model.attn_implementation=eager, and it is sdpa that can"),
+        ("llama", {"attn_implementation": "eager"}, "model.attn_implementation=eager; only sdpa sees rows apart"),
         ("gpt2", {}, "both replies would have one dropout of the prompt"),
     ],
 )
