@@ -66,7 +66,7 @@ bench: setup ## measure; medians and spread
 	$(BIN)/python benchmarks/preparation.py
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/sweep.py
-	$(BIN)/python benchmarks/dpo.py
+	$(BIN)/python benchmarks/training.py
 
 clean: ## remove what was built, keep the runs
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache

@@ -2,6 +2,7 @@
 
 import random
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -185,3 +186,14 @@ def test_what_cannot_do_without_padding_is_refused_before_a_weight_is_loaded(fol
     assert main(command) == 2
     assert "trainer.unpadded=true: model.attn_implementation=eager" in capsys.readouterr().err
     assert not (folder / "multirun").exists()
+
+
+def test_a_ratio_that_is_5_percent_worse_than_the_recorded_one_is_told(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    import training
+
+    before = {"SFT: TRL": 2.0, "DPO: TRL": 3.0}
+    assert training.lost({"SFT: TRL": 1.91, "DPO: TRL": 2.86, "new": 1.0}, before) == []
+    assert training.lost({"SFT: TRL": 1.89, "DPO: TRL": 3.1}, before) == [
+        "SFT: TRL: 1.89x the CPU of smoltrain, and it was 2.00x"
+    ]
