@@ -44,8 +44,8 @@ PLAIN = {"bf16": False, "activation_checkpointing": False}
 SFT: dict[str, dict[str, Any]] = {
     "smoltrain": PLAIN,
     "TRL by hand, fp32": PLAIN,
-    "TRL by hand, without padding": PLAIN | {"padding_free": True},
-    "TRL by hand, without padding, bf16": PLAIN | {"padding_free": True, "bf16": True},
+    "TRL by hand, without padding": PLAIN | {"padding_free": True, "max_length": None},
+    "TRL by hand, without padding, bf16": PLAIN | {"padding_free": True, "max_length": None, "bf16": True},
     "TRL by hand, packed": PLAIN | {"packing": True},
     "TRL as it comes": {},
 }
@@ -122,7 +122,7 @@ def trained(
     layout = {getattr(kinds[method][1], "layout"): True} if ours else {}  # noqa: B009
     given: dict[str, Any] = {"output_dir": folder, "use_cpu": True, "max_length": LONGEST, "num_train_epochs": 1}
     given |= {"per_device_train_batch_size": BATCH[method], "report_to": "none", "save_strategy": "no"}
-    config = getattr(trl, f"{method}Config")(**given, disable_tqdm=True, **args)
+    config = getattr(trl, f"{method}Config")(**given | args, disable_tqdm=True)
     clock, source = Clock(), locate("pkg://smoltrain/tiny")
     trainer = given_tokens(partial(kinds[method][ours], args=config, **layout))(
         model=AutoModelForCausalLM.from_pretrained(source),
