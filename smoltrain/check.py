@@ -5,8 +5,6 @@ run will cost. The facts are plain data, as --json writes them; the `show_…` f
 """
 
 import math
-import os
-import re
 import sys
 import tempfile
 from dataclasses import asdict, replace
@@ -14,28 +12,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from smoltrain import budget, report, runs
+from smoltrain import budget, perf, report, runs
 from smoltrain.config import plain
-from smoltrain.config.signatures import signature
 from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
 from smoltrain.lines import duration, size, some
 from smoltrain.preflight import Preflight, preflight, remarks
-from smoltrain.reference import TOKENS
 
 SAMPLES = 3
 LINES = 12  # of a sample
 UNCUT = 300  # letters of a sample's part that are always shown
 BINS = 10
 STREAMED = 10_000  # rows of a stream that are looked at
-BATCHES = 200  # drawn to see how much of a batch is padding
 STEP = 6e10  # operations of the real step on a processor, some seconds; a GPU takes the whole batch
 SHORTEST = 128  # but at least so many tokens
 
@@ -71,6 +65,7 @@ def about(cfg: DictConfig, found: Preflight) -> dict[str, Any]:
     """What is known before anything is computed: the run's parts, its rows, three of them, what is right or odd."""
     facts: dict[str, Any] = {
         "trainer": cfg.trainer._target_,
+        "perf": found.choices.record,
         "model": cfg.model.from_run or cfg.model.name_or_path,
         "warnings": [],
         "errors": found.errors,
@@ -163,14 +158,12 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     """Steps, memory, disk and time; what would stop the run is added to the errors."""
     args, data, trainer, checkpoint = found.args, found.data, found.trainer, found.checkpoint
     assert trainer is not None
-    longest = int(data.lengths.max())
-    if getattr(args, "packing", False) or not longest:
-        longest = args.max_length or found.skeleton.config.max_position_embeddings
+    longest = perf.longest(found)
     plan = budget.steps(packed_rows(args, data.lengths), args)
     kept = sum(int(side["train"].part.length[side["train"].kept].sum()) for side in data.sides.values())
     tokens = facts["rows"]["train"]["tokens"] / max(kept, 1) * data.lengths.mean()  # of a row, as weights draw them
     tokens *= len(data.lengths) / packed_rows(args, data.lengths)
-    most, usual = of_a_row(found, longest)
+    most, usual = perf.of_a_row(found, longest, args.per_device_train_batch_size)
     cost: dict[str, Any] = {
         "steps": asdict(plan) | ({"epochs": None} if found.streamed else {}),
         "tokens_per_step": round(tokens * plan.effective_batch),
@@ -178,22 +171,14 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
         "longest": longest,
         "at_least": getattr(args, "packing", False) and args.max_steps <= 0,  # packed as if nothing were wasted
     }
-    reference = (
-        "ref_model" in signature(cfg.trainer._target_).parameters
-        and trainer.keywords["peft_config"] is None
-        and not args.precompute_ref_log_probs
+    memory = perf.needs(
+        cfg,
+        found,
+        args.per_device_train_batch_size,
+        args.activation_checkpointing,
+        args.gradient_accumulation_steps,
     )
-    memory = budget.memory(
-        checkpoint.config(),
-        args,
-        trainer.keywords["peft_config"],
-        checkpoint.dtype,
-        checkpoint.quantization_config,
-        found.encoder.rows_a_forward * args.per_device_train_batch_size,
-        math.ceil(most),
-        reference,
-    )
-    there = available(args.device)
+    there = perf.available(args.device)
     cost["memory"] = memory.parts | {"total": memory.total, "available": there}
     if memory.total > there:
         found.errors.append(
@@ -222,33 +207,6 @@ def packed_rows(args: Any, lengths: np.ndarray) -> int:
     if getattr(args, "packing", False) and lengths.any():
         return max(1, int(np.ceil(lengths.sum() / args.max_length)))
     return len(lengths)
-
-
-def of_a_row(found: Preflight, longest: int) -> tuple[float, float]:
-    """Tokens that the model computes of each row of a forward pass: in the longest batch, and on average.
-
-    Padding is counted where it is computed, from batches drawn as a trainer does; else what a pair shares counts once.
-    """
-    data, size = found.data, found.args.per_device_train_batch_size
-    if getattr(found.args, "packing", False) or not data.lengths.any():
-        return longest, longest
-    if not found.unpadded:
-        drawn = np.random.default_rng(0).choice(data.lengths, (BATCHES, size))
-        return longest, float(drawn.max(1).mean())
-    columns = [name for name in ("input_ids", *TOKENS) if name in data.train.column_names]
-    table = data.train.with_format("arrow")[:]
-    tokens = np.sort(sum(pc.list_value_length(table[name]).to_numpy() for name in columns))
-    return tokens[-size:].mean() / found.encoder.rows_a_forward, tokens.mean() / found.encoder.rows_a_forward
-
-
-def available(device: Any) -> int:
-    """Bytes of memory that a run can have: the accelerator's, or what the machine has left."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        return int(re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())[1]) * 1024  # type: ignore[index]
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def one_step(cfg: DictConfig, found: Preflight, parameters: int, longest: int) -> dict[str, Any]:
@@ -331,7 +289,8 @@ def show_plan(console: Console, facts: dict[str, Any]) -> None:
     if "end_of_turn" in facts:
         template = facts["chat_template"] or "its own"
         model += f"; chat template: {template}; end of turn: {facts['end_of_turn']}"
-    told(console, [("trainer", facts["trainer"]), ("model", model)])
+    chosen = [("perf", line) for line in report.chosen(facts["perf"])]
+    told(console, [("trainer", facts["trainer"]), ("model", model), *chosen])
 
 
 def show_rows(console: Console, facts: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from smoltrain.config import CONF, ConfigError, suggest
 from smoltrain.config.groups import defaults, options
 from smoltrain.config.rules import Run, reserved
-from smoltrain.config.schema import PREPARATION, SCHEMA
+from smoltrain.config.schema import AUTO, PREPARATION, SCHEMA
 from smoltrain.config.signatures import REQUIRED, Parameter, signature
 from smoltrain.config.sketch import sketch
 from smoltrain.usage import SETTABLE, VERBS, flags, summary
@@ -286,7 +286,7 @@ def values(words: list[str], key: str, typed: str) -> list[Offer]:
         if parameter and not choices and parents == "trainer.args":  # a text that the trainer compares with names
             with suppress(ConfigError, KeyError):
                 choices = tuple(Run(config, ()).named(name))
-        found = [Offer(as_typed(choice)) for choice in choices]
+        found = [Offer(as_typed(choice)) for choice in ("auto",) * (key in AUTO) + tuple(choices)]
         if parameter and found and "None" in parameter.annotation and Offer("null") not in found:
             found.append(Offer("null"))
     before = head.strip("[,").split(",")

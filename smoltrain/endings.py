@@ -2,7 +2,7 @@
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,10 @@ class OutOfMemory(RuntimeError):
 
 
 @contextmanager
-def explained(directory: Path, args: dict[str, Any]) -> Iterator[None]:
+def explained(directory: Path, args: Callable[[], dict[str, Any]]) -> Iterator[None]:
     """Says of what ran out in the block what it was, in numbers, and what to change, in the order of its effect.
 
-    `args` are those of the trainer. Raises DiskFull or OutOfMemory instead of what the libraries raise.
+    `args` tells those of the trainer, once they are known. Raises DiskFull or OutOfMemory for what libraries raise.
     """
     from safetensors import SafetensorError
 
@@ -37,7 +37,7 @@ def explained(directory: Path, args: dict[str, Any]) -> Iterator[None]:
         if isinstance(error, DiskFull):
             raise
         if out_of_memory(error):
-            raise OutOfMemory(smaller(args)) from error
+            raise OutOfMemory(smaller(args())) from error
         if disk_full(error):
             named = getattr(error, "filename", None)  # which may lie on another disk than the run
             place = Path(named).absolute().parent if named else directory

@@ -153,7 +153,7 @@ def prepared_again(directory: Path, record: dict[str, Any]) -> "Preflight":
     cfg.trainer.args.update(output_dir=str(directory), report_to="none")
     if not torch.accelerator.is_available():  # the order is the same
         cfg.trainer.args.use_cpu = True
-    found = preflight(cfg)
+    found = preflight(cfg, chosen=record.get("perf", {}))
     if found.errors:
         raise ConfigError("\n  ".join([f"{directory}: its rows cannot be prepared again", *found.errors]))
     was, now = record["fingerprints"], report.rows(found.data, found.chat.tokenizer)

@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from datasets import IterableDataset
 from omegaconf import DictConfig
 
-from smoltrain import budget
+from smoltrain import budget, perf
 from smoltrain.config import ConfigError, refusing, rules, shown, suggest
 from smoltrain.config.targets import instantiate
 from smoltrain.config.validate import resolved
@@ -36,6 +37,7 @@ class Preflight:
     the trainer computes rows without their padding, `unpadded` says.
     """
 
+    choices: perf.Choices
     errors: list[str] = field(default_factory=list)
     checkpoint: Any = None
     chat: Any = None
@@ -75,18 +77,23 @@ class Preflight:
             raise ConfigError("\n".join(self.errors))
 
 
-def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
+def preflight(
+    cfg: DictConfig, sample: int | None = None, chosen: Mapping[str, Mapping[str, Any]] = MappingProxyType({})
+) -> Preflight:
     """Makes what a run needs before its model, and looks for what would stop it; of a stream, in its first rows.
 
-    Of data that is streamed, the first `sample` rows are then all there is.
+    Of data that is streamed, the first `sample` rows are then all there is. What the config leaves to the machine
+    (perf.py) is `chosen` already, or is chosen now, and the config says it then.
     """
     # TRL and PEFT still call activation checkpointing in transformers by its old names.
     warnings.filterwarnings(
         "ignore", message=r"`(is_)?gradient_checkpointing\w*` is deprecated", category=FutureWarning
     )
-    found = Preflight()
+    found = Preflight(perf.Choices(cfg))
+    found.choices.again(chosen)
     with found.part("model"):
         found.checkpoint = instantiate(cfg.model)
+        perf.arithmetic(found.choices, found.checkpoint)
         found.chat = Chat(found.checkpoint.tokenizer(), found.checkpoint.chat_template_kwargs or {})
         found.errors += unread_variables(found.chat)
         found.skeleton = found.checkpoint.skeleton(found.chat.tokenizer)
@@ -119,6 +126,11 @@ def preflight(cfg: DictConfig, sample: int | None = None) -> Preflight:
     if found.data is not None and found.skeleton is not None:
         longest = found.data.lengths.max(initial=0)
         found.errors += without_position(found.skeleton, longest, cfg.trainer.args.max_length)
+    if found.fit:
+        with found.part("perf"):
+            perf.geometry(found.choices, found)
+            if found.choices.made:
+                found.trainer = instantiate(cfg.trainer)
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
         found.errors += unmeasured(cfg, found) + ([] if found.streamed else without_batch(found.args, rows))

@@ -14,7 +14,7 @@ from rich.table import Table
 from smoltrain import runs
 from smoltrain.checkpoints import MANIFEST, all_of
 from smoltrain.config.groups import naming
-from smoltrain.lines import measured, short, some
+from smoltrain.lines import measured, scalar, short, some
 
 SAMPLES = 3
 SHOWN = 300  # letters of a text
@@ -127,10 +127,17 @@ def data(run: runs.Run, console: Console | None = None) -> None:
     console.print(f"run   {short(run.directory)}")
     for line in sources(run.record):
         console.print(f"data  {line}")
+    for line in chosen(run.record["perf"]):
+        console.print(f"perf  {line}")
     for line in draws(run.record["sources"]):
         console.print(line)
     for line in lost(run.record):
         console.print(f"[yellow]{line}[/]")
+
+
+def chosen(perf: dict[str, Any]) -> list[str]:
+    """What was chosen for the machine, and why, a line each."""
+    return [f"{key}={scalar(choice['value'])}: {choice['why']}" for key, choice in perf.items()]
 
 
 def sources(record: dict[str, Any]) -> list[str]:
@@ -263,6 +270,8 @@ def write(directory: Path) -> None:
         lines += ["", "## Error", "", "```", record["error"], "```"]
     if "rows" in record:
         lines += ["", "## Data", "", *data_table(record)]
+    if record.get("perf"):
+        lines += ["", "## Chosen for the machine", "", *(f"- {line}" for line in chosen(record["perf"]))]
     lines += ["", "## Held-out metrics", "", "| | before | after |", "|---|---:|---:|"]
     lines += [f"| {n} | {measured(n, b)} | {measured(n, a)} |" for n, b, a in before_and_after(record["metrics"])]
     for sample in record.get("samples", []):

@@ -47,6 +47,7 @@ def mended(record: dict[str, Any], command: list[str]) -> list[str]:
     overrides = [argument for argument in command if "=" in argument and not argument.startswith("-")]
     now = dict(leaves(resolved(compose(overrides, command))[0]))
     then = {key: value for key, value in leaves(record["config"]) if key not in AS_IT_WAS}
+    then |= {key: choice["value"] for key, choice in record.get("perf", {}).items()}
     changed = {key: value for key, value in then.items() if now.get(key, MISSING) != value}
     new = [key for key in now if key not in then and key not in AS_IT_WAS]
     for key, value in changed.items():

@@ -36,7 +36,7 @@ UNFINISHED = ("interrupted", "preempted", "failed")
 CODES = {"completed": 0, "failed": 1, "interrupted": 1, "running": 1, "diverged": 3, "preempted": 143}  # exit codes
 UNFINISHED_MODEL = "unfinished-model"  # a final model that is being written, or of a run that then was interrupted
 # What of a record stays when its run is continued.
-STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps", "paused")
+STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps", "paused", "perf")
 LOG = "log.txt"  # what a trial of a sweep prints
 LOCK = ".lock"  # held by the process of a run, for as long as the run is its own
 WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt", LOCK)
@@ -153,14 +153,16 @@ class Run:
             "objective": None,
             "error": None,
             "config": config,
+            "perf": {},  # what the config leaves to the machine, chosen before training begins
         }
         if self.former:
             self.record |= {key: self.former[key] for key in STAYS if key in self.former}
 
     @property
     def args(self) -> dict[str, Any]:
-        """The trainer's arguments, as far as the config sets them."""
-        return self.record["config"]["trainer"]["args"]
+        """The trainer's arguments, as far as the config sets them, or what was chosen where it leaves that open."""
+        chosen = {key.rpartition(".")[2]: choice["value"] for key, choice in self.record["perf"].items()}
+        return self.record["config"]["trainer"]["args"] | chosen
 
     def __enter__(self) -> "Run":
         hold(self.directory)

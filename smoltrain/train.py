@@ -29,7 +29,10 @@ def main(cfg: DictConfig) -> float:
         resume.claim_own(cfg, directory, hydra.mode == RunMode.MULTIRUN)
     choices = {group: option for group, option in hydra.runtime.choices.items() if not group.startswith("hydra/")}
     overrides = list(hydra.overrides.task)
-    with runs.Run(directory, cfg, choices, overrides, parent, report.write) as run, explained(run.directory, run.args):
+    with (
+        runs.Run(directory, cfg, choices, overrides, parent, report.write) as run,
+        explained(run.directory, lambda: run.args),
+    ):
         report.banner(run)
         train(cfg, run, fresh=cfg.resume == "never" or hydra.mode == RunMode.MULTIRUN)
     report.summary(run)
@@ -47,11 +50,11 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     from smoltrain.evaluate import evaluate, to_answer
     from smoltrain.preflight import preflight, remarks
 
-    found = preflight(cfg)
+    found = preflight(cfg, chosen=run.record["perf"])
     found.refuse()
     chat, data = found.chat, found.data
     learned = report.rows(data, chat.tokenizer)
-    run.note(**learned, warnings=remarks(cfg, found))
+    run.note(**learned, perf=found.choices.record, warnings=remarks(cfg, found))
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
     resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])

@@ -383,11 +383,11 @@ def test_all_that_is_wrong_is_told_at_once(checked, unloadable):
 
 
 def test_a_disk_that_is_full_and_a_memory_that_is_small(checked, unloadable, monkeypatch):
-    from smoltrain import check
+    from smoltrain import perf
 
     usage = shutil.disk_usage(".")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    monkeypatch.setattr(check, "available", lambda device: 1000)
+    monkeypatch.setattr(perf, "available", lambda device: 1000)
     code, facts, _, err = checked(*FEW)
     assert code == 2 and "disk: " in err and "1 kB are free" in err and "memory: " in err
     assert len(facts["errors"]) == 2 and facts["budget"]["disk"]["free"] == 1000

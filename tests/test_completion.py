@@ -119,7 +119,7 @@ def test_the_first_word_may_be_a_verb_a_group_or_a_key():
         (["--al"], ["--allow"]),
         (["--allow", ""], []),
         (["show", "--al"], ["--allow"]),
-        (["trainer.args.bf16="], [f"trainer.args.bf16={value}" for value in ("null", "true", "false")]),
+        (["trainer.args.bf16="], [f"trainer.args.bf16={value}" for value in ("auto", "null", "true", "false")]),
         (["hyd"], ["hydra."]),
         (["hydra.sw"], ["hydra.sweep.dir=", "hydra.sweep.subdir="]),
         (["hydra.job"], []),

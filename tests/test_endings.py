@@ -380,7 +380,7 @@ def test_a_disk_without_room_is_found_before_a_save_begins(smoltrain, monkeypatc
 def test_a_full_disk_is_that_of_the_file_that_could_not_be_written(tmp_path):
     elsewhere = tmp_path / "cache" / "rows.arrow"
     elsewhere.parent.mkdir()
-    with pytest.raises(DiskFull, match=str(elsewhere.parent)), explained(Path("run"), {}):
+    with pytest.raises(DiskFull, match=str(elsewhere.parent)), explained(Path("run"), dict):
         raise OSError(errno.ENOSPC, "No space left on device", str(elsewhere))
 
 
@@ -397,7 +397,7 @@ def test_memory_that_runs_out_while_the_model_is_loaded_is_no_slip_in_the_config
 def test_memory_that_runs_out_names_what_helps(monkeypatch):
     args = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 2, "max_length": 1024}
     for error in (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), MemoryError()):
-        with pytest.raises(OutOfMemory) as caught, explained(Path(), args):
+        with pytest.raises(OutOfMemory) as caught, explained(Path(), lambda: args):
             raise error
         lines = [line.strip().split(" ")[0] for line in str(caught.value).splitlines()]
         assert lines == [
@@ -407,9 +407,9 @@ def test_memory_that_runs_out_names_what_helps(monkeypatch):
             "trainer.args.max_length=512",
             "peft=lora",
         ]
-    with pytest.raises(OutOfMemory), explained(Path(), args):
+    with pytest.raises(OutOfMemory), explained(Path(), lambda: args):
         torch.empty(2**50)  # what torch says of a CPU
-    with pytest.raises(OutOfMemory, match="peft=lora"), explained(Path(), {}):
+    with pytest.raises(OutOfMemory, match="peft=lora"), explained(Path(), dict):
         raise MemoryError
-    with pytest.raises(RuntimeError, match="something else"), explained(Path(), args):
+    with pytest.raises(RuntimeError, match="something else"), explained(Path(), lambda: args):
         raise RuntimeError("something else")

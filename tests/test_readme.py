@@ -239,7 +239,7 @@ def test_the_picture_of_the_house_is_true():
 
 
 def test_every_option_that_readme_names_exists():
-    for group in ("trainer", "model", "data", "hardware", "peft", "tracking", "experiment", "sweep"):
+    for group in ("trainer", "model", "data", "hardware", "perf", "peft", "tracking", "experiment", "sweep"):
         known = {
             *options(group, []),
             *options(group, ["--config-dir", str(ROOT / "tests" / "conf")]),

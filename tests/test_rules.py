@@ -183,6 +183,10 @@ BROKEN = [  # a command line, and what is said of it
     (["trainer.args.logging_steps=inf"], "logging_steps=Infinity: a whole number of steps"),
     ([*ADAPTER, "trainer.peft_config.lora_dropout=1"], "trainer.peft_config.lora_dropout=1: 0 to below 1"),
     (["data.test_share=2"], "data.test_share=2: a share lies between 0 and 1"),
+    (["perf=auto", "global_batch_size=null"], "global_batch_size=null: perf=auto divides it"),
+    (["perf=auto", "trainer.args.per_device_train_batch_size=5"], "global_batch_size=16: has to be a multiple of 5"),
+    (["global_batch_size=10"], "global_batch_size=10: an update sees 16 x 1 = 16 rows"),
+    (["global_batch_size=0"], "global_batch_size=0: at least 1"),
     # not a user's to set
     ([*ADAPTER, "trainer.peft_config.base_model_name_or_path=x"], "base_model_name_or_path: the adapter is for"),
     ([*ADAPTER, "trainer.peft_config.revision=x"], "peft_config.revision: the adapter is for the model"),
@@ -555,7 +559,7 @@ def test_rows_beyond_the_models_positions_stop_the_run(smoltrain, folder, capsys
 def test_the_tables_name_what_there_is():
     keys = [key for table in (RANGES, NEEDS, NEVER, TOKENIZING) for row in table for key in row[0].split()]
     keys += [key for key, _, _ in WRONG if "." not in key]
-    assert {key for key in keys if "." not in key} - ALL <= {"seed", "threads", "objective"}
+    assert {key for key in keys if "." not in key} - ALL <= {"seed", "threads", "objective", "global_batch_size"}
 
 
 def test_every_field_of_a_loss_is_needed_where_trl_reads_it():

@@ -224,7 +224,7 @@ EARLY = "callbacks.early={_target_: transformers.EarlyStoppingCallback}"
         (("data=local", "data.path=none.jsonl"), "there is no row"),
         (("evaluation.max_new_tokens=0",), "at least 1"),
         (("trainer.args.learning_rate=abc",), "trainer.args.learning_rate=abc: trl.SFTConfig takes a number"),
-        (("trainer.args.bf16=2.5",), "trainer.args.bf16=2.5: trl.SFTConfig takes null, true or false"),
+        (("trainer.args.bf16=2.5",), "trainer.args.bf16=2.5: trl.SFTConfig takes auto, null, true or false"),
         (("model.dtype=float99",), "takes one of float32, bfloat16, float16"),
     ],
 )

@@ -288,6 +288,35 @@ class Run:
         return found[0] if found else None
 
     @property
+    def batch(self) -> int | None:
+        """The rows of an update that trainer.args leaves to be divided."""
+        found = self.cfg.get("global_batch_size")
+        return found if type(found) is int else None
+
+    @property
+    def passes(self) -> list[Any]:
+        """Rows that go forward at once, and how often, a number or `auto` each."""
+        given = [self.args.get(name, 1) for name in ("per_device_train_batch_size", "gradient_accumulation_steps")]
+        return given if all(value == "auto" or type(value) is int for value in given) else []
+
+    @property
+    def whole(self) -> bool:
+        """Whether both are numbers."""
+        return bool(self.passes) and "auto" not in self.passes
+
+    @property
+    def seen(self) -> str:
+        """The rows of an update that trainer.args says."""
+        rows, passes = self.passes
+        return f"{rows} x {passes} = {rows * passes}"
+
+    @property
+    def uneven(self) -> int:
+        """What is asked for of rows or passes, where the global batch cannot be divided by it; else 0."""
+        asked = [n for n in self.passes if type(n) is int]
+        return next((n for n in asked if "auto" in self.passes and n > 0 and (self.batch or 0) % n), 0)
+
+    @property
     def trackers(self) -> list[Any]:
         given = self.report_to if isinstance(self.report_to, list) else [self.report_to]
         return [name for name in given if name not in (None, "none")]
@@ -336,6 +365,7 @@ def steps(n: float) -> bool:
 
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("max_length per_device_train_batch_size per_device_eval_batch_size", lambda n: n >= 1, "at least 1"),
+    ("global_batch_size", lambda n: n >= 1, "at least 1"),
     ("gradient_accumulation_steps precompute_ref_batch_size ref_model_sync_steps", lambda n: n >= 1, "at least 1"),
     ("torch_empty_cache_steps pad_to_multiple_of dataloader_prefetch_factor", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_new_tokens trainer.peft_config.r", lambda n: n >= 1, "at least 1"),
@@ -404,6 +434,12 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
      "a language model is trained; it is CAUSAL_LM"),
 
     # lengths and batches
+    ("global_batch_size", lambda run: run.batch is None and "auto" in run.passes,
+     "perf=auto divides it into passes; say how many rows an update sees, as global_batch_size=16"),
+    ("global_batch_size", lambda run: run.batch and run.whole and math.prod(run.passes) != run.batch,
+     "an update sees {run.seen} rows; leave one of the two to it, as trainer.args.gradient_accumulation_steps=auto"),
+    ("global_batch_size", lambda run: run.batch and run.uneven,
+     "has to be a multiple of {run.uneven}, which is asked for"),
     ("max_length", lambda run: run.max_length is None and run.packing,
      "packing fills rows up to it; set it, or trainer.args.packing=false"),
     ("pad_to_multiple_of", lambda run: run.max_length and run.max_length % run.pads_to,
@@ -783,7 +819,7 @@ def lacks(condition: Condition, run: Run) -> bool:
 
 def full(key: str) -> str:
     """`beta` is short for `trainer.args.beta`."""
-    return key if "." in key or key in ("seed", "threads", "objective") else ARGS + key
+    return key if "." in key or key in ("seed", "threads", "objective", "global_batch_size") else ARGS + key
 
 
 def named(key: str, run: Run) -> str:

@@ -25,6 +25,7 @@ class Config:
     objective: str
     resume: str
     pause_at: int | None
+    global_batch_size: int | None
     resume_changes: Literal["refuse", "accept"]
     data: dict[str, Any]
     encode: dict[str, Any]
@@ -41,4 +42,8 @@ SCHEMA = {  # what takes the keys of a node that has no `_target_`, as a target
     key: f"{kind.__module__}.{kind.__name__}"
     for key, kind in {"": Config, "evaluation": Evaluation, "check": Check}.items()
 }
+# Keys that may be `auto`: what they come to is chosen for the machine (smoltrain/perf.py), and the record says it.
+AUTO: tuple[str, ...] = ("model.attn_implementation", "trainer.args.bf16", "trainer.args.activation_checkpointing")
+AUTO += ("trainer.args.per_device_train_batch_size", "trainer.args.gradient_accumulation_steps")
+AUTO += ("trainer.args.torch_compile", "trainer.args.use_liger_kernel")
 PREPARATION = "smoltrain.data.prepare.Preparation"  # which a source takes, and a source of a mixture does not

@@ -12,7 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smoltrain.config import CONF, ConfigError, Problem, at, leaves, rules, shown
 from smoltrain.config.groups import defaults
 from smoltrain.config.renamed import advice
-from smoltrain.config.schema import NODES, PREPARATION, SCHEMA
+from smoltrain.config.schema import AUTO, NODES, PREPARATION, SCHEMA
 from smoltrain.config.signatures import REQUIRED, Signature, misfit, signature
 
 REST_IGNORED = "transformers.utils.quantization_config.QuantizationConfigMixin"  # takes any name, and drops it
@@ -184,10 +184,11 @@ def mistyped(key: str, node: dict[str, Any], taken: Signature) -> Iterator[Probl
         path = f"{key}.{name}" if key else str(name)
         if value == MISSING:
             yield Problem(path, f"{path} has no value: set {path}=…", missing=True)
+        elif path in AUTO and value == "auto":
+            continue
         elif name in taken.parameters and (allowed := misfit(value, taken.parameters[name])):
-            yield Problem(
-                path, f"{path}={shown(value)}: {taken.target if key not in SCHEMA else key or 'a run'} takes {allowed}"
-            )
+            taker = taken.target if key not in SCHEMA else key or "a run"
+            yield Problem(path, f"{path}={shown(value)}: {taker} takes {'auto, ' * (path in AUTO)}{allowed}")
 
 
 def lacking(key: str, node: dict[str, Any], taken: Signature) -> Iterator[Problem]:

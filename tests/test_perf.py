@@ -1,0 +1,132 @@
+"""perf=auto: what is left to the machine is chosen, with its reason, recorded and kept; what is set wins."""
+
+import pytest
+from conftest import QUICK, resolvable
+from transformers import AutoConfig, LlamaConfig
+
+from smoltrain import perf
+from smoltrain.config.schema import AUTO
+from smoltrain.preflight import preflight
+from smoltrain.reproduce import measured
+from smoltrain.runs import read
+
+FEW = ("data.train_rows=200", "data.test_rows=8")
+SHORT = (*(override for override in QUICK if "batch_size" not in override), "tracking=none")
+ROWS, STEPS, CHECKPOINTING = perf.ROWS, perf.STEPS, perf.CHECKPOINTING
+
+
+def chosen(*overrides: str) -> tuple[dict, list[str]]:
+    """What a config leaves to the machine, by the last part of its key, and what would stop the run."""
+    found = preflight(resolvable(["perf=auto", *FEW, *overrides]))
+    return {key.rpartition(".")[2]: value for key, (value, _) in found.choices.made.items()}, found.errors
+
+
+@pytest.mark.parametrize("trainer", ["sft", "dpo"])
+def test_every_choice_is_made_recorded_and_printed_with_its_reason(smoltrain, capfd, trainer):
+    (record,) = smoltrain("perf=auto", f"trainer={trainer}", quick=SHORT)
+    assert set(record["perf"]) == set(AUTO)
+    said = capfd.readouterr().out
+    report = (record["directory"] / "report.md").read_text()
+    for key, choice in record["perf"].items():
+        line = f"{key}={str(choice['value']).lower()}: {choice['why']}"
+        assert line in said and line in report and len(choice["why"]) > 10
+    assert record["config"]["trainer"]["args"]["bf16"] == "auto"  # what was asked for, on any machine
+
+
+def test_what_was_chosen_is_what_ran(smoltrain):
+    (auto,) = smoltrain("perf=auto", quick=SHORT)
+    taken = [f"{key}={str(choice['value']).lower()}" for key, choice in auto["perf"].items()]
+    (said,) = smoltrain("global_batch_size=16", *taken, quick=SHORT)
+    assert said["perf"] == {} and said["config_hash"] != auto["config_hash"]
+    assert said["steps"] == auto["steps"] and measured(said["directory"]) == measured(auto["directory"])
+    one, other = ((record["directory"] / "model" / "model.safetensors").read_bytes() for record in (auto, said))
+    assert one == other
+
+
+def test_what_is_set_wins_and_the_rest_follows_it():
+    made, errors = chosen(f"{ROWS}=4", f"{CHECKPOINTING}=true", "trainer.args.bf16=true")
+    assert not errors and made["gradient_accumulation_steps"] == 4
+    assert not {"per_device_train_batch_size", "activation_checkpointing", "bf16"} & set(made)
+    assert chosen(f"{STEPS}=8")[0]["per_device_train_batch_size"] == 2
+    assert chosen("model.attn_implementation=eager")[0].get("attn_implementation") is None
+
+
+def test_rows_at_once_are_a_divisor_of_the_global_batch_with_enough_tokens(monkeypatch):
+    monkeypatch.setitem(perf.ENOUGH, "cpu", 250)  # rows have some 47 tokens: 5.3 of them
+    assert chosen("global_batch_size=24")[0]["per_device_train_batch_size"] == 6
+    assert chosen("global_batch_size=24")[0]["gradient_accumulation_steps"] == 4
+    assert chosen("global_batch_size=7")[0]["per_device_train_batch_size"] == 7
+    pairs, _ = chosen("global_batch_size=24", "trainer=dpo")
+    assert pairs["per_device_train_batch_size"] == 4  # of pairs, some 66 tokens each
+
+
+def test_memory_decides_how_many_rows_and_whether_activations_are_kept(monkeypatch):
+    cfg = resolvable(["perf=auto", *FEW])
+    found = preflight(cfg)
+    bytes_of = {
+        (rows, recomputes): perf.needs(cfg, found, rows, recomputes, 16 // rows).total
+        for rows, recomputes in [(16, False), (4, False), (1, False), (16, True), (1, True)]
+    }
+    assert bytes_of[1, False] < bytes_of[4, False] < bytes_of[16, False] and bytes_of[16, True] < bytes_of[16, False]
+
+    def with_free(size: int):
+        monkeypatch.setattr(perf, "available", lambda device: int(size / perf.USABLE["cpu"]) + 1)
+        return chosen()
+
+    for (rows, recomputes), size in bytes_of.items():
+        if not recomputes:
+            made, errors = with_free(size)
+            assert not errors and made["per_device_train_batch_size"] == rows
+            assert made["gradient_accumulation_steps"] == 16 // rows and not made["activation_checkpointing"]
+    made, _ = with_free(min(bytes_of[1, True], bytes_of[1, False] - 1))
+    assert made["activation_checkpointing"] and made["per_device_train_batch_size"] >= 1
+    made, (error,) = with_free(bytes_of[1, True] // 2)
+    assert error.startswith("memory: ") and "peft=lora" in error
+
+
+def test_a_run_that_goes_on_or_is_made_again_keeps_what_it_chose(smoltrain, monkeypatch):
+    at_work = ("perf=auto", "trainer.args.max_steps=4", "evaluation.max_rows=0", "pause_at=2")
+    quick = tuple(override for override in SHORT if not override.startswith(("resume", "evaluation")))
+    (paused,) = smoltrain(*at_work, quick=quick, code=143)
+    monkeypatch.setitem(perf.ENOUGH, "cpu", 100)  # another machine would choose other rows
+    assert chosen()[0]["per_device_train_batch_size"] < 16
+    assert smoltrain("perf=auto", "trainer.args.max_steps=4", "evaluation.max_rows=0", quick=quick) == []
+    record = read(paused["directory"])
+    assert record["status"] == "completed" and record["perf"] == paused["perf"]
+    (again,) = smoltrain("reproduce", str(paused["directory"]), quick=())
+    assert again["config"]["trainer"]["args"]["per_device_train_batch_size"] == 16
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["trainer.args.bf16=aut"], "trl.SFTConfig takes auto, null, true or false"),
+        (["trainer.args.learning_rate=auto"], "trainer.args.learning_rate=auto: "),
+    ],
+)
+def test_auto_is_a_value_of_what_can_be_chosen_alone(smoltrain, capsys, overrides, said):
+    smoltrain(*overrides, quick=(), code=2)
+    assert said in capsys.readouterr().err
+
+
+def test_precision_is_what_the_machine_multiplies_fast():
+    here = perf.Machine("cpu", bf16=True, liger=False)
+    assert perf.precision(here, 576, False, "float32")[0] is True
+    assert perf.precision(here, 128, False, "float32")[0] is False
+    assert perf.precision(perf.Machine("cuda", True, False), 128, False, "float32")[0] is True
+    assert perf.precision(perf.Machine("cuda", False, False), 576, False, "float32")[0] is False
+    assert perf.precision(perf.Machine("cuda", True, False), 576, True, "float32")[0] is False
+    assert perf.precision(perf.Machine("cuda", True, False), 576, False, "float16")[0] is False
+
+
+def test_liger_is_taken_where_it_is_installed_and_rows_are_padded():
+    there = perf.Machine("cuda", True, liger=True)
+    assert perf.liger(there, alone=False)[0] is True
+    assert perf.liger(there, alone=True)[0] is False
+    assert perf.liger(perf.Machine("cuda", True, liger=False), alone=False)[0] is False
+    assert perf.liger(perf.Machine("cpu", True, liger=True), alone=False)[0] is False
+
+
+def test_attention_is_torchs_own_where_the_model_has_it():
+    assert perf.attention(LlamaConfig())[0] == "sdpa"
+    assert perf.attention(AutoConfig.for_model("codegen"))[0] == "eager"
