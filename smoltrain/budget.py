@@ -95,6 +95,7 @@ def memory(
     rows: int,
     length: int,
     reference: bool,
+    unpadded: bool = False,
 ) -> Memory:
     """Bytes at the peak of one optimizer step of a TRL trainer, found by running that step on tensors without data.
 
@@ -102,7 +103,7 @@ def memory(
     optimizer that `args` name, all under torch's FakeTensorMode: every kernel's inputs and outputs are accounted for,
     none is computed, nothing is allocated, and no random number is drawn. `rows` are what one forward sees, padded to
     `length` tokens: for preferences twice `per_device_train_batch_size`. With `reference` a second, frozen model
-    stands beside it. The step is not the first one: the optimizer has its state, and with gradient accumulation there
+    stands beside it. Where rows stand `unpadded`, their head is that of head.py. The step is not the first one: the optimizer has its state, and with gradient accumulation there
     are gradients from the batch before.
 
     It counts what the allocator is asked for. A process takes more: libraries, an accelerator's context, and what the
@@ -115,7 +116,7 @@ def memory(
         shrunk = compressed(model, quantization_config)
         if peft_config is not None:
             model = adapted(model, peft_config, quantization_config, args)
-    with FakeTensorMode(allow_non_fake_inputs=True), head_of(args.device.type, config.vocab_size):
+    with FakeTensorMode(allow_non_fake_inputs=True), head_of(args.device.type, config.vocab_size, unpadded):
         for module in filter(None, (model, twin)):
             module.to_empty(device="cpu")
             base_of(module).tie_weights()
@@ -276,11 +277,12 @@ def watch_head(model: Any, ledger: Ledger) -> None:
 
 
 @contextlib.contextmanager
-def head_of(device: str, vocabulary: int) -> Iterator[None]:
+def head_of(device: str, vocabulary: int, unpadded: bool) -> Iterator[None]:
     """TRL's LM head as it takes memory on a device.
 
     Triton's kernels fold the logits in place, without the temporaries of the code for other devices. That code asks for
-    tiles wider than a small vocabulary, but touches whole pages of 1024 floats only where there are logits.
+    tiles wider than a small vocabulary, but touches whole pages of 1024 floats only where there are logits. What stands
+    `unpadded` has a head of its own there.
     """
     if device in ("cuda", "xpu"):
 
@@ -289,6 +291,10 @@ def head_of(device: str, vocabulary: int) -> Iterator[None]:
         patch: Any = mock.patch.multiple(
             "trl.kernels.chunked_logprob", _forward_tile=fold, _backward_tile=fold, _addmm_fp32=fold
         )
+    elif unpadded:
+        from smoltrain import head
+
+        patch = head.once()
     else:
         from trl.trainer import utils
 

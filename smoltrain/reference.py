@@ -93,7 +93,7 @@ def key(trainer: Any, rows: Dataset, batch_size: int) -> str:
         architecture(model),
         arithmetic(trainer.accelerator),
         [metadata.version(package) for package in ("torch", "transformers", "trl", "accelerate")],
-        [Path(__file__).with_name(name).read_text() for name in ("reference.py", "dpo.py", "unpadded.py")],
+        [Path(__file__).with_name(name).read_text() for name in ("reference.py", "dpo.py", "unpadded.py", "head.py")],
     ]
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:24]
 

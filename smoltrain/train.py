@@ -48,6 +48,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
 
     from smoltrain.callbacks import Metrics
     from smoltrain.evaluate import evaluate, to_answer
+    from smoltrain.perf import keep_memory
     from smoltrain.preflight import preflight, remarks
 
     found = preflight(cfg, chosen=run.record["perf"])
@@ -65,6 +66,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
+    keep_memory(trainer.args.device)
     finite, saving = watch(trainer, run, start.checkpoint, cfg.pause_at)
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)

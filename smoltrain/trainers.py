@@ -51,6 +51,7 @@ def watched(trainer: partial) -> partial:
         step_loss: Any = None
         step_grad_norm: Any = None
         ended = False
+        flops_a_token: int | None = None
         before_best: Callable[[Path], None]
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -69,6 +70,11 @@ def watched(trainer: partial) -> partial:
         def _load_best_model(self) -> None:
             self.before_best(Path(self.state.best_model_checkpoint))
             super()._load_best_model()
+
+        def floating_point_ops(self, inputs: Any) -> int:
+            if self.flops_a_token is None:  # upstream counts all weights again at each step
+                self.flops_a_token = super().floating_point_ops({"input_ids": torch.empty(1)})
+            return self.flops_a_token * inputs["input_ids"].numel() if "input_ids" in inputs else 0
 
         def training_step(self, *args: Any, **kwargs: Any) -> Any:
             loss = super().training_step(*args, **kwargs)

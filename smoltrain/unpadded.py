@@ -13,6 +13,7 @@ in the row once (see dpo.py). Exact but for the order of floating-point sums: 1e
 
 import functools
 import inspect
+import math
 import types
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from trl.trainer.utils import FusedCausalLMOutput
 
+from smoltrain import head
 from smoltrain.config import ConfigError
 from smoltrain.reference import base
 
@@ -92,15 +94,15 @@ class Layout:
 
     `ids` and `positions` (1, tokens) are what the model gets. For its attention the rows stand each alone, those of
     about one length in a block of this many rows and columns (`blocks`): `seen` are the tokens in them, one block after
-    the other, and `own` (tokens) is where among these each token is computed. `predicted` (rows, width - 1) are TRL's
-    places that are scored, in whose order `source` and `labels` (1, places) are the tokens that predict them and those
-    that are predicted.
+    the other (None: all of them, as they stand), and `own` (tokens) is where among these each token is computed.
+    `predicted` (rows, width - 1) are TRL's places that are scored, in whose order `source` and `labels` (1, places) are
+    the tokens that predict them and those that are predicted.
     """
 
     ids: Tensor
     positions: Tensor
     blocks: list[tuple[int, int]]
-    seen: Tensor
+    seen: Tensor | None
     own: Tensor
     predicted: Tensor
     source: Tensor
@@ -120,18 +122,21 @@ def laid_out(ids: Tensor, labels: Tensor, real: Tensor, positions: Tensor, first
     began = (real & (positions == 0)).flatten()
     starts, counted = began.nonzero()[:, 0], real.flatten().cumsum(0)
     blocks, row, offsets = apart(counted[starts].diff(append=counted[-1:] + 1))
-    seen = [
-        (starts[some, None] + torch.arange(width, device=ids.device)).flatten()
-        for some, (_, width) in zip(row.split([rows for rows, _ in blocks]), blocks, strict=True)
-    ]
     own = once.nonzero()[:, 0]
+    seen = None
+    if len(blocks) > 1 or math.prod(blocks[0]) > len(own):
+        parts = [
+            (starts[some, None] + torch.arange(width, device=ids.device)).flatten()
+            for some, (_, width) in zip(row.split([rows for rows, _ in blocks]), blocks, strict=True)
+        ]
+        seen = number[torch.cat(parts).clamp(max=ids.numel() - 1)]  # behind a row's end stands any token, seen by none
     predicted = labels[:, 1:] != IGNORED
     scored = predicted.flatten().nonzero()[:, 0]
     return Layout(
         ids=ids.flatten()[own][None],
         positions=positions.flatten()[own][None],
         blocks=blocks,
-        seen=number[torch.cat(seen).clamp(max=ids.numel() - 1)],  # behind a row's end stands any token, seen by none
+        seen=seen,
         own=(offsets[began.cumsum(0) - 1] + positions.flatten())[own],
         predicted=predicted,
         source=number.view_as(ids)[:, :-1].flatten()[scored][None],
@@ -172,14 +177,15 @@ def without_padding(forward: Any, shared: Callable[[Tensor, Tensor], Tensor] | N
         laid = laid_out(ids, labels, real, positions, shared and shared(ids, real))
         hook = self.base_model.register_forward_hook(only(laid.source))
         try:
-            out = forward(
-                input_ids=laid.ids,
-                attention_mask=laid.ids.new_empty(1, 1, 0, 0),  # passed on as it is, and fit for no other attention
-                position_ids=laid.positions,
-                shift_labels=laid.labels,
-                unpadded=laid,
-                **{name: value for name, value in named.items() if name not in VARLEN},
-            )
+            with head.once():
+                out = forward(
+                    input_ids=laid.ids,
+                    attention_mask=laid.ids.new_empty(1, 1, 0, 0),  # passed on as it is, fit for no other attention
+                    position_ids=laid.positions,
+                    shift_labels=laid.labels,
+                    unpadded=laid,
+                    **{name: value for name, value in named.items() if name not in VARLEN},
+                )
         finally:
             hook.remove()
         return back(out, laid.predicted)
@@ -225,12 +231,13 @@ def attend(
     blocks, seen = unpadded.blocks, unpadded.seen
 
     def of_blocks(states: Tensor) -> list[Tensor]:  # (1, heads, tokens, size) to blocks of (rows, heads, width, size)
-        parts = states[0].index_select(1, seen).split([rows * width for rows, width in blocks], dim=1)
+        found = states[0] if seen is None else states[0].index_select(1, seen)
+        parts = found.split([rows * width for rows, width in blocks], dim=1)
         return [part.unflatten(1, block).transpose(0, 1) for part, block in zip(parts, blocks, strict=True)]
 
     each = zip(of_blocks(query), of_blocks(key), of_blocks(value), strict=True)
     out = [sdpa_attention_forward(module, *block, None, **named)[0].flatten(0, 1) for block in each]
-    return torch.cat(out).index_select(0, unpadded.own)[None], None
+    return (out[0] if seen is None else torch.cat(out).index_select(0, unpadded.own))[None], None
 
 
 AttentionInterface.register(ATTENTION, attend)

@@ -11,6 +11,7 @@ from trl import DPOConfig
 from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
 from smoltrain.dpo import DPOTrainer, first
+from smoltrain.head import Scores
 from smoltrain.model import locate
 from smoltrain.unpadded import laid_out
 
@@ -138,16 +139,12 @@ def test_fifty_steps_are_the_same_fifty_steps(folder, way):
 
 
 def test_a_prompt_is_computed_once_and_the_head_where_a_reply_is_predicted(folder, monkeypatch):
-    from trl.trainer import utils
-
     ours = trainer(folder, rows(4, (40, 40), (10, 10)), None)
     batch = ours.data_collator([ours.train_dataset[n] for n in range(4)])
     seen, scored = [], []
     ours.model.base_model.embed_tokens.register_forward_hook(lambda _, given, __: seen.append(given[0].shape))
-    real = utils._ChunkedLogProbFunction.apply
-    monkeypatch.setattr(
-        utils._ChunkedLogProbFunction, "apply", lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest)
-    )
+    real = Scores.apply
+    monkeypatch.setattr(Scores, "apply", lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest))
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"], "labels": labels}
     out = ours.model(**given, fused_lm_head=True)

@@ -1,14 +1,25 @@
 """perf=auto: what is left to the machine is chosen, with its reason, recorded and kept; what is set wins."""
 
+import os
+import platform
+import subprocess
+import sys
+from functools import partial
+
 import pytest
+import torch
 from conftest import QUICK, resolvable
-from transformers import AutoConfig, LlamaConfig
+from datasets import Dataset
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+from trl import SFTConfig, SFTTrainer
 
 from smoltrain import perf
 from smoltrain.config.schema import AUTO
+from smoltrain.model import locate
 from smoltrain.preflight import preflight
 from smoltrain.reproduce import measured
 from smoltrain.runs import read
+from smoltrain.trainers import watched
 
 FEW = ("data.train_rows=200", "data.test_rows=8")
 SHORT = (*(override for override in QUICK if "batch_size" not in override), "tracking=none")
@@ -130,3 +141,39 @@ def test_liger_is_taken_where_it_is_installed_and_rows_are_padded():
 def test_attention_is_torchs_own_where_the_model_has_it():
     assert perf.attention(LlamaConfig())[0] == "sdpa"
     assert perf.attention(AutoConfig.for_model("codegen"))[0] == "eager"
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library keeps memory in its own way")
+@pytest.mark.parametrize(("device", "kept"), [("cpu", True), ("cuda", False)])
+def test_a_processor_keeps_the_memory_that_each_step_asks_for(device, kept):
+    assert (held_after_a_tensor(device) > 60e6) == kept
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="this C library keeps memory in its own way")
+def test_how_the_environment_wants_memory_to_be_kept_it_stays():
+    assert held_after_a_tensor("cpu", MALLOC_ARENA_MAX="2") < 10e6
+
+
+def held_after_a_tensor(device: str, **environment: str) -> int:
+    """Bytes that a process has more than before a tensor of 64 MB came and went."""
+    script = (
+        "import torch; from smoltrain.budget import resident; from smoltrain.perf import keep_memory\n"
+        f"from pathlib import Path; keep_memory(torch.device({device!r})); status = Path('/proc/self/status')\n"
+        "before = resident(status, 'VmRSS'); torch.ones(16_000_000); print(resident(status, 'VmRSS') - before)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], env=os.environ | environment, capture_output=True, check=True)
+    return int(done.stdout)
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # TRL's own
+def test_operations_are_counted_as_upstream_counts_them(folder):
+    plain, ours = partial(SFTTrainer), watched(partial(SFTTrainer))
+    batch, counted = {"input_ids": torch.zeros(3, 7, dtype=torch.long)}, []
+    for kind in (plain, ours):
+        args = SFTConfig(output_dir=str(folder), use_cpu=True, bf16=False, report_to="none")
+        data = Dataset.from_list([{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}])
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(locate("pkg://smoltrain/tiny")))
+        tokenizer = AutoTokenizer.from_pretrained(locate("pkg://smoltrain/tiny"))
+        one = kind(model=model, args=args, train_dataset=data, processing_class=tokenizer)
+        counted.append([one.floating_point_ops(batch), one.floating_point_ops(batch), one.floating_point_ops({})])
+    assert counted[0] == counted[1] and counted[0][0] > 1e7

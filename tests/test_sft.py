@@ -14,6 +14,7 @@ from trl import SFTConfig
 
 from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
+from smoltrain.head import Scores
 from smoltrain.model import locate
 from smoltrain.sft import SFTTrainer
 from smoltrain.trainers import given_tokens, weighing
@@ -74,6 +75,9 @@ def same(ours: SFTTrainer, stock: SFTTrainer, batch: dict, atol: float = 1e-5) -
 def test_each_row_comes_to_what_it_comes_to_alone(folder, many, length, how):
     data = rows(many, length)
     ours, stock = (trainer(folder, data, unpadded, **how) for unpadded in (True, False))
+    with torch.no_grad():  # likely tokens only: the weight of an unlikely one in loss_type=dft is lost in rounding
+        for one in (ours, stock):
+            one.model.base_model.norm.weight.mul_(0.1)
     same(ours, stock, stock.data_collator(list(data)))
 
 
@@ -134,16 +138,12 @@ def test_no_row_sees_another(folder, attention, how):
 
 
 def test_no_padding_is_computed_and_the_head_where_something_is_learned(folder, monkeypatch):
-    from trl.trainer import utils
-
     data = rows(4, (3, 60))
     ours = trainer(folder, data, None)
     seen, scored = [], []
     ours.model.base_model.embed_tokens.register_forward_hook(lambda _, given, __: seen.append(given[0].numel()))
-    real = utils._ChunkedLogProbFunction.apply
-    monkeypatch.setattr(
-        utils._ChunkedLogProbFunction, "apply", lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest)
-    )
+    real = Scores.apply
+    monkeypatch.setattr(Scores, "apply", lambda hidden, *rest: scored.append(len(hidden)) or real(hidden, *rest))
     batch = ours.data_collator(list(data))
     learned = batch["labels"][:, 1:] != -100
     assert ours.model(**batch, fused_lm_head=True).label_mask.equal(learned)
