@@ -103,8 +103,8 @@ def memory(
     optimizer that `args` name, all under torch's FakeTensorMode: every kernel's inputs and outputs are accounted for,
     none is computed, nothing is allocated, and no random number is drawn. `rows` are what one forward sees, padded to
     `length` tokens: for preferences twice `per_device_train_batch_size`. With `reference` a second, frozen model
-    stands beside it. Where rows stand `unpadded`, their head is that of head.py. The step is not the first one: the optimizer has its state, and with gradient accumulation there
-    are gradients from the batch before.
+    stands beside it. Where rows stand `unpadded`, their head is that of head.py. The step is not the first one: the
+    optimizer has its state, and with gradient accumulation there are gradients from the batch before.
 
     It counts what the allocator is asked for. A process takes more: libraries, an accelerator's context, and what the
     allocator keeps for later, on the CPU with glibc 4 to 40 percent more (see benchmarks/memory.py).

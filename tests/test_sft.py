@@ -195,5 +195,5 @@ def test_a_ratio_that_is_5_percent_worse_than_the_recorded_one_is_told(monkeypat
     before = {"SFT: TRL": 2.0, "DPO: TRL": 3.0}
     assert training.lost({"SFT: TRL": 1.91, "DPO: TRL": 2.86, "new": 1.0}, before) == []
     assert training.lost({"SFT: TRL": 1.89, "DPO: TRL": 3.1}, before) == [
-        "SFT: TRL: 1.89x the CPU of smoltrain, and it was 2.00x"
+        "SFT: TRL: 1.89x the time of smoltrain, and it was 2.00x"
     ]
