@@ -95,6 +95,8 @@ class Checkpoints(RunCallback):
         trainer.before_best = self.refuse_damaged_best
         self.limit = trainer.args.save_total_limit
         trainer.args.save_total_limit = None  # transformers would remove the last sealed one before the next is there
+        self.together = trainer.accelerator.num_processes > 1
+        self.agreed: str | None = None  # which signal it is that all processes of a run stop for
         self.sealing: Thread | None = None
         self.failure: OSError | None = None
         self.saved = int(checkpoint.name.split("-")[1]) if checkpoint else -1  # the step that is written already
@@ -102,6 +104,7 @@ class Checkpoints(RunCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         STOP.waits = True
+        assert not self.together or self.trainer.model_wrapped is not self.trainer.model, "gradients are not shared"
         if self.checkpoint is not None:
             state.compute_steps(args, state.max_steps)  # how often to log, measure and save: as it is asked for now
             if state.best_model_checkpoint:  # by its name, for a run may have been moved
@@ -110,18 +113,28 @@ class Checkpoints(RunCallback):
             self.trainer.ended = self.trainer.ended or self.paused(state)  # it is there already
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agree()
         self.asked(args, state, control)
         self.postpone(state, control)
         self.before_saving(state, control)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.agree()
         self.asked(args, state, control)
         self.postpone(state, control)
         self.before_saving(state, control)
 
+    def agree(self) -> None:
+        """Has all processes of a run stop in the same step, in which each of them knows of a signal."""
+        if self.together:
+            asked = torch.tensor(int(STOP.asked is not None), device=self.trainer.args.device)
+            if self.trainer.accelerator.reduce(asked).item():
+                STOP.asked = self.agreed = STOP.asked or "SIGTERM"
+
     def leaves(self, state: Any) -> bool:
         """Whether training stops here, to go on later."""
-        return bool(STOP.asked and STOP.waits) or self.paused(state)
+        asked = self.agreed if self.together else STOP.asked
+        return bool(asked and STOP.waits) or self.paused(state)
 
     def paused(self, state: Any) -> bool:
         return self.pause_at is not None and self.pause_at <= state.global_step < state.max_steps
@@ -171,10 +184,13 @@ class Checkpoints(RunCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()
-        folder = self.run.directory / f"checkpoint-{state.global_step}"
-        torch.save(self.state(), folder / STATE)
+        folder, kept = self.run.directory / f"checkpoint-{state.global_step}", self.state()
         control.should_training_stop = control.should_training_stop or self.leaves(state)
         self.saved = state.global_step
+        self.trainer.accelerator.wait_for_everyone()  # each process writes its own random state
+        if not self.run.writes:
+            return
+        torch.save(kept, folder / STATE)
         metrics = self.run.directory / "metrics.jsonl"
         facts = {
             "step": state.global_step,
@@ -222,7 +238,7 @@ class Checkpoints(RunCallback):
         """Sums since the last log, tokens seen, a reference that moves, and what stops a run early."""
         trainer = self.trainer
         kept = {
-            "loss": trainer._tr_loss.item(),
+            "loss": trainer.accelerator.reduce(trainer._tr_loss.clone(), "mean").item(),
             "total_loss": trainer._total_loss_scalar,
             "last_logged": trainer._globalstep_last_logged,
             "ended": trainer.control.should_training_stop,

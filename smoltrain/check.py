@@ -197,7 +197,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     wanted = Path(checkpoint.source).is_dir() if cfg.check.step is None else cfg.check.step
     if found.fit and wanted:
         cost["step"] = one_step(cfg, found, facts["parameters"], longest)
-        steps = args.gradient_accumulation_steps * plan.total
+        steps = args.gradient_accumulation_steps * plan.total / cfg.hardware.processes
         cost["seconds"] = cost["step"]["seconds_of_batch"] * usual / most * steps
     return cost
 

@@ -179,7 +179,7 @@ def geometry(choices: Choices, found: Any) -> None:
         for rows in divisions(choices, found, ENOUGH[device]):
             steps = cfg.trainer.args.gradient_accumulation_steps
             if STEPS in choices.left:
-                steps = cfg.global_batch_size // rows
+                steps = share(cfg) // rows
             memory = needs(cfg, found, rows, recomputes, steps).total
             if memory <= USABLE[device] * free:
                 said = f"{size(memory)} of {size(free)} that are free"
@@ -187,7 +187,7 @@ def geometry(choices: Choices, found: Any) -> None:
                 choices.settle(CHECKPOINTING, recomputes, f"{why}, {said}")
                 tokens = f"{round(rows * row_tokens(found)):,} tokens at once, about {ENOUGH[device]:,} are fastest"
                 choices.settle(ROWS, rows, f"{tokens}; {said}")
-                choices.settle(STEPS, steps, f"global_batch_size={cfg.global_batch_size}, {rows} at a time")
+                choices.settle(STEPS, steps, f"global_batch_size={cfg.global_batch_size}, {rows} at a time{among(cfg)}")
                 return
     raise ConfigError(
         f"memory: {size(memory)} are needed for {rows} at a time and {size(free)} are there; lower "
@@ -195,9 +195,18 @@ def geometry(choices: Choices, found: Any) -> None:
     )
 
 
+def share(cfg: DictConfig) -> int:
+    """The rows of an update that each process sees."""
+    return cfg.global_batch_size // cfg.hardware.processes  # type: ignore[no-any-return]
+
+
+def among(cfg: DictConfig) -> str:
+    return f" in each of {cfg.hardware.processes} processes" if cfg.hardware.processes > 1 else ""
+
+
 def divisions(choices: Choices, found: Any, enough: int) -> list[int]:
     """How many rows may go forward at once: divisors of the global batch, from those with `enough` tokens down."""
-    args, batch = choices.cfg.trainer.args, choices.cfg.global_batch_size
+    args, batch = choices.cfg.trainer.args, share(choices.cfg)
     if ROWS not in choices.left:
         return [args.per_device_train_batch_size]
     if STEPS not in choices.left:

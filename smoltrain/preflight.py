@@ -14,7 +14,7 @@ import torch
 from datasets import IterableDataset
 from omegaconf import DictConfig
 
-from smoltrain import budget, perf
+from smoltrain import budget, perf, ranks
 from smoltrain.config import ConfigError, refusing, rules, shown, suggest
 from smoltrain.config.targets import instantiate
 from smoltrain.config.validate import resolved
@@ -105,6 +105,8 @@ def preflight(
             found.trainer = instantiate(cfg.trainer)
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
+            if not ranks.inside():  # which plans for all processes: what they do side by side are passes of one
+                found.args.gradient_accumulation_steps *= cfg.hardware.processes
     if found.skeleton is not None and found.trainer is not None:
         with found.part("trainer.peft_config"):
             found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])

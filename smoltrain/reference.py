@@ -33,9 +33,10 @@ IDLE |= {"pad_token_id", "bos_token_id", "eos_token_id"}
 def ahead(trainer: Any, rows: Dataset, batch_size: int, computed: Callable[[], Dataset]) -> Dataset:
     """The rows with two more columns, found or else `computed` by TRL's own pass; both come to the same, bit for bit.
 
-    Nothing is kept where the pass is not TRL's own, or training has begun, which may have moved what it reads.
+    Nothing is kept where the pass is not TRL's own, where several processes share it, or once training has begun,
+    which may have moved what it reads.
     """
-    if not own(trainer) or trainer.state.global_step:
+    if not own(trainer) or trainer.state.global_step or trainer.accelerator.num_processes > 1:
         return computed()
     name = f"reference-{key(trainer, rows, batch_size)}"
     with alone(name, "computing what the reference makes of the same rows"):

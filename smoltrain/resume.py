@@ -184,7 +184,7 @@ class Start:
 
     def go_back(self, run: runs.Run) -> None:
         """Brings the record and the directory of a continued run to where it begins."""
-        if not run.former:
+        if not (run.former and run.writes):
             return
         checkpoints.tidy(run.directory, self.unfit, print)
         changed = changes(run.former["config"], run.record["config"])

@@ -38,6 +38,7 @@ UNFINISHED_MODEL = "unfinished-model"  # a final model that is being written, or
 # What of a record stays when its run is continued.
 STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps", "paused", "perf")
 LOG = "log.txt"  # what a trial of a sweep prints
+RANKS = "ranks"  # logs of the processes that share a run, and what they were given
 LOCK = ".lock"  # held by the process of a run, for as long as the run is its own
 WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt", LOCK)
 DIRECTORY = "${hydra:runtime.output_dir}"  # in a config, where its run is kept
@@ -104,8 +105,10 @@ class Run:
 
     `completed` if the block ends, `diverged` on Diverged, `preempted` on an interrupt, `failed` on any other
     exception; the exception passes on, after `on_end` has read the closed record. A run that this process has claimed
-    is continued: `former` is its record, of which STAYS stays.
+    is continued: `former` is its record, of which STAYS stays. Of one that several processes share, one `writes`.
     """
+
+    writes = True
 
     def __init__(
         self,
@@ -246,7 +249,8 @@ def discard(directory: Path) -> None:
     """Removes what a run that never ran has written, and then what is empty of its directory, up to multirun."""
     for name in WRITTEN:
         (directory / name).unlink(missing_ok=True)
-    shutil.rmtree(directory / ".hydra", ignore_errors=True)
+    for name in (".hydra", RANKS):
+        shutil.rmtree(directory / name, ignore_errors=True)
     for folder in (directory, *directory.parents):
         if any(folder.iterdir()) or not (folder == directory or folder.is_relative_to(ROOT.absolute())):
             break

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from smoltrain import report, resume, runs
+from smoltrain import ranks, report, resume, runs
 from smoltrain.checkpoints import all_of
 from smoltrain.config import ConfigError, refusing
 from smoltrain.config.targets import instantiate
@@ -21,8 +21,8 @@ def main(cfg: DictConfig) -> float:
     """Hydra's task: checks the config, opens the run, trains in it, and returns the objective for sweepers."""
     validate(cfg)
     parent = resume.pin_parent(cfg)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("WORLD_SIZE: several processes were started, and a run is one process")
+    if ranks.inside():
+        raise ConfigError("WORLD_SIZE: several processes were started already; hardware.processes=2 starts them itself")
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     if (directory / "run.json").exists() and directory.resolve() not in runs.CLAIMED:
@@ -58,6 +58,9 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     run.note(**learned, perf=found.choices.record, warnings=remarks(cfg, found))
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
+    if cfg.hardware.processes > 1 and not ranks.inside():
+        ranks.start(run, cfg.hardware.processes)
+        return
     resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])
     start = resume.Start.of(run, cfg.resume_changes, found.steps)
     report.data(run)
@@ -70,6 +73,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     finite, saving = watch(trainer, run, start.checkpoint, cfg.pause_at)
     model = {"model": report.fingerprint(trainer.model)}
     resume.refuse_other(run, cfg.resume_changes, model)
+    trainer.accelerator.wait_for_everyone()
     start.go_back(run)
     rows = to_answer(data.examples(cfg.evaluation.max_rows), report.SAMPLES)
     asked = {"asked": report.asked(rows)}
@@ -90,6 +94,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     finally:
         saving.join()  # whatever it ends with, what was saved is sealed before the record says how it ended
     if runs.STOP.asked:
+        trainer.accelerator.wait_for_everyone()
         raise runs.Interrupted(f"interrupted by {runs.STOP.asked}, saved at step {trainer.state.global_step}")
     after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
     if saving.paused(trainer.state):
@@ -97,7 +102,8 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
         run.note(paused=run.record["paused"] | {str(step): after[cfg.objective]})
         raise runs.Interrupted(f"paused at step {step} (pause_at={cfg.pause_at})")
     finite.look_at_weights(trainer.state.global_step)
-    save(trainer, run.directory / "model")
+    if run.writes:
+        save(trainer, run.directory / "model")
     if found.streamed:  # what became of its rows is known only now
         run.note(**report.rows(data, chat.tokenizer))
         report.data(run)

@@ -27,6 +27,8 @@ def given_tokens(trainer: partial) -> partial:
     class Given(trainer.func):  # type: ignore[name-defined]
         def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, *rest: Any) -> Any:
             if rest[0] is True:  # `packing`, which only SFTTrainer passes: TRL packs rows that are tokens too
+                if args.world_size > 1:  # TRL lets one of them pack for all, and the others wait within
+                    return super()._prepare_dataset(dataset, processing_class, args, *rest)
                 with alone(f"packed-{dataset._fingerprint}-{args.max_length}", "packing the same rows"):
                     return super()._prepare_dataset(dataset, processing_class, args, *rest)
             return dataset.shuffle(seed=args.seed) if getattr(args, "shuffle_dataset", False) else dataset
@@ -59,6 +61,13 @@ def watched(trainer: partial) -> partial:
                 self.control.should_training_stop = True
             else:
                 super()._run_epoch(*args, **kwargs)
+
+        def _wrap_model(self, model: Any, training: bool = True, **kwargs: Any) -> Any:
+            if training and self.accelerator.num_processes > 1:
+                # An evaluation before training marks it as prepared: accelerate would leave it as it is, and each
+                # process would learn for itself.
+                model._is_accelerate_prepared = False
+            return super()._wrap_model(model, training=training, **kwargs)
 
         def _issue_warnings_after_load(self, loaded: Any) -> None:
             tied = set(self.model.all_tied_weights_keys)  # which one file holds once

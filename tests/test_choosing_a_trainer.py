@@ -233,7 +233,7 @@ def test_another_trl_trainer_is_one_yaml_file(smoltrain):
     ("group", "text", "header"),
     [
         ("experiment", "seed: 3", "`# @package _global_`"),
-        ("hardware", "bf16: false", "`# @package trainer.args`"),
+        ("hardware", "bf16: false", "`# @package _global_` or `# @package trainer.args`"),
         ("peft", "r: 8", "`# @package _global_` or `# @package trainer.peft_config`"),
         ("trainer", "defaults: [base@trainer, override /data: sums, _self_]", "`# @package _global_`"),
     ],

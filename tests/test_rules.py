@@ -187,6 +187,14 @@ BROKEN = [  # a command line, and what is said of it
     (["perf=auto", "trainer.args.per_device_train_batch_size=5"], "global_batch_size=16: has to be a multiple of 5"),
     (["global_batch_size=10"], "global_batch_size=10: an update sees 16 x 1 = 16 rows"),
     (["global_batch_size=0"], "global_batch_size=0: at least 1"),
+    (["hardware.processes=0"], "hardware.processes=0: at least 1"),
+    (["hardware.processes=99", "trainer.args.use_cpu=false"], "hardware.processes=99: more than the .* accelerators"),
+    (["hardware=ddp", "hardware.processes=3"], "global_batch_size=16: 3 processes of 4 rows.*nearest are 12 and 24"),
+    (["perf=auto", "hardware.processes=3"], "global_batch_size=16: has to be a multiple of 3"),
+    (
+        ["hardware=ddp", "hardware.processes=2", "trainer.args.gradient_accumulation_steps=1"],
+        "global_batch_size=16: an update sees 4 x 1 x 2 = 8 rows",
+    ),
     # not a user's to set
     ([*ADAPTER, "trainer.peft_config.base_model_name_or_path=x"], "base_model_name_or_path: the adapter is for"),
     ([*ADAPTER, "trainer.peft_config.revision=x"], "peft_config.revision: the adapter is for the model"),
@@ -203,8 +211,8 @@ BROKEN = [  # a command line, and what is said of it
     (["trainer.args.use_cache=false"], "use_cache: TRL never reads it"),
     (["trainer.args.hub_strategy=every_save"], "hub_strategy: a run pushes nothing"),
     (["trainer.args.bf16_full_eval=true"], "would turn the weights into it for good"),
-    (["trainer.args.average_tokens_across_devices=false"], "average_tokens_across_devices: a run is one process"),
-    (["trainer.args.accelerator_config={split_batches: true}"], "accelerator_config.split_batches: a run is one"),
+    (["trainer.args.average_tokens_across_devices=false"], "average_tokens_across_devices: the processes of a run"),
+    (["trainer.args.accelerator_config={split_batches: true}"], "accelerator_config.split_batches: all processes"),
 ]
 
 
@@ -283,6 +291,7 @@ def test_a_wrong_seed_is_told_once():
 # ---------------------------------------------------------------- without effect
 
 IDLE = [
+    (["trainer.args.ddp_timeout=5"], "trainer.args.ddp_timeout=5 has no effect here; it needs hardware.processes=2"),
     (
         ["trainer.args.eval_steps=5"],
         "trainer.args.eval_steps=5 has no effect here; it needs trainer.args.eval_strategy",

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 from survival import came_to, differing
 from test_endings import RUN, equal
 
@@ -183,14 +184,15 @@ def test_where_a_fork_is_unsafe_a_process_is_begun_anew(sweep, folder):
     assert equal(forked, spawned)
 
 
-def test_more_trials_than_gpus_share_them(folder, monkeypatch):
-    seen = []
-    monkeypatch.setattr(local, "devices", lambda: ["4", "7"])
+@pytest.mark.parametrize(("gpus", "processes", "own"), [("47", 1, ["4", "7", "4"]), ("0123", 2, ["0,1", "2,3", "0,1"])])
+def test_more_trials_than_gpus_share_them(folder, monkeypatch, gpus, processes, own):
+    seen, config = [], OmegaConf.create({"hardware": {"processes": processes}})
+    monkeypatch.setattr(local, "devices", lambda: [*gpus])
     monkeypatch.setattr(local, "unsafe_to_fork", lambda: True)
     monkeypatch.setattr(local, "spawned", lambda job, environment: seen.append(environment["CUDA_VISIBLE_DEVICES"]))
     for slot in range(3):
-        local.Local(jobs=3).start(local.Job(slot, None, folder / str(slot), slot=slot))
-    assert seen == ["4", "7", "4"]
+        local.Local(jobs=3).start(local.Job(slot, config, folder / str(slot), slot=slot))
+    assert seen == own
 
 
 def test_who_reads_no_further_loses_no_results(sweep, forked, folder):

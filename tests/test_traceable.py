@@ -271,7 +271,7 @@ def test_who_chose_a_file_is_told_through_the_files_that_chose(said, own):
         (["why", "trainer=dpo"], "smoltrain why takes one key"),
         (["why", "seed", "--strict"], "smoltrain why takes no --strict"),
         (["why", "seed", "--config-dir"], "--config-dir: name the folder"),
-        (["show", "hardware"], "hardware is a group"),
+        (["show", "perf"], "perf is a group"),
         (["show", "data=local"], "data.path has no value: set data.path=…"),
         (["diff", "sums"], "smoltrain diff takes two"),
         (["diff", "smollm3_3b_dp0", ""], "did you mean smollm3_3b_dpo?"),

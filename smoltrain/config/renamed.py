@@ -29,7 +29,7 @@ RENAMED: dict[str, str] = {
         "a run pushes nothing; when it has completed: hf upload <you>/<name> <the run's directory>/model",
     "torchdynamo": "trainer.args.torch_compile_backend={}",
     "split_batches dispatch_batches even_batches fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap":
-        "leave it out; a run is one process",
+        "leave it out; hardware.processes shares each batch among processes",
     "max_seq_length max_target_length": "trainer.args.max_length={}",
     "max_prompt_length max_completion_length":
         "trainer.args.max_length, which holds prompt and reply; data.on_too_long says what becomes of longer rows",

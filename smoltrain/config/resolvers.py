@@ -40,6 +40,19 @@ def accelerator() -> str:
     return "mps" if (machine.sysname, machine.machine) == ("Darwin", "arm64") else "cpu"
 
 
+def accelerators() -> int:
+    """How many NVIDIA GPUs this process may use, counted without importing torch."""
+    if (named := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([number for number in named.split(",") if number.strip() not in ("", "-1")])
+    return len([*Path("/dev").glob("nvidia[0-9]*")])
+
+
+def accumulation(_parent_: DictConfig, _root_: DictConfig) -> int:
+    """How many passes of all processes an update needs; what does not divide, the rules refuse."""
+    at_once = _parent_.per_device_train_batch_size * _root_.hardware.processes
+    return max(_root_.global_batch_size // max(at_once, 1), 1)
+
+
 def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
     """Whether it pays to compute what a reference makes of all rows before training.
 
@@ -51,7 +64,7 @@ def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
 
 
 def register() -> None:
-    """Makes `${stamp:}`, `${label:…}`, `${accelerator_is:…}` and `${reference_ahead:}` known to Hydra, and the schema.
+    """Makes what our YAML calls (`${stamp:}`, `${accelerator_is:…}` and others) known to Hydra, and the schema.
 
     In it every node takes any key from any side. What does not belong there is found afterwards, all of it at once
     (`validate`), where Hydra would stop at the first and advise to force it in with `+`.
@@ -60,5 +73,7 @@ def register() -> None:
     ConfigStore.instance().store("schema", {key: node if key in NODES else MISSING for key in KEYS})
     OmegaConf.register_new_resolver("stamp", stamp, replace=True)
     OmegaConf.register_new_resolver("label", label, replace=True)
+    OmegaConf.register_new_resolver("accelerators", lambda: max(accelerators(), 1), replace=True)
+    OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("reference_ahead", reference_ahead, replace=True)
     OmegaConf.register_new_resolver("accelerator_is", lambda kind: accelerator() == kind, replace=True)

@@ -305,16 +305,46 @@ class Run:
         return bool(self.passes) and "auto" not in self.passes
 
     @property
+    def processes(self) -> int:
+        """The processes of the run."""
+        found = (self.cfg.get("hardware") or {}).get("processes", 1)
+        return found if type(found) is int else 1
+
+    @property
+    def accelerators(self) -> int:
+        """How many there are for them."""
+        from smoltrain.config.resolvers import accelerators  # which imports Hydra; Tab reads rules too
+
+        return accelerators()
+
+    @property
+    def at_once(self) -> int:
+        """The rows that all processes see in one pass."""
+        return int(self.passes[0]) * self.processes
+
+    @property
+    def indivisible(self) -> bool:
+        """Whether no number of passes of several processes makes up the global batch."""
+        return bool(self.processes > 1 and self.batch and self.whole and self.batch % self.at_once)
+
+    @property
+    def nearest(self) -> str:
+        """The global batches next to the one that cannot be divided."""
+        below = (self.batch or 0) // self.at_once * self.at_once
+        return " and ".join(str(rows) for rows in (below, below + self.at_once) if rows)
+
+    @property
     def seen(self) -> str:
-        """The rows of an update that trainer.args says."""
+        """The rows of an update that trainer.args says, for each process."""
         rows, passes = self.passes
-        return f"{rows} x {passes} = {rows * passes}"
+        each = f" x {self.processes}" if self.processes > 1 else ""
+        return f"{rows} x {passes}{each} = {rows * passes * self.processes}"
 
     @property
     def uneven(self) -> int:
-        """What is asked for of rows or passes, where the global batch cannot be divided by it; else 0."""
-        asked = [n for n in self.passes if type(n) is int]
-        return next((n for n in asked if "auto" in self.passes and n > 0 and (self.batch or 0) % n), 0)
+        """What of rows, passes and processes is asked for, where the global batch cannot be divided by it; else 0."""
+        asked = math.prod(n for n in [*self.passes, self.processes] if type(n) is int)
+        return asked if "auto" in self.passes and asked > 0 and (self.batch or 0) % asked else 0
 
     @property
     def trackers(self) -> list[Any]:
@@ -365,7 +395,7 @@ def steps(n: float) -> bool:
 
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("max_length per_device_train_batch_size per_device_eval_batch_size", lambda n: n >= 1, "at least 1"),
-    ("global_batch_size", lambda n: n >= 1, "at least 1"),
+    ("global_batch_size hardware.processes", lambda n: n >= 1, "at least 1"),
     ("gradient_accumulation_steps precompute_ref_batch_size ref_model_sync_steps", lambda n: n >= 1, "at least 1"),
     ("torch_empty_cache_steps pad_to_multiple_of dataloader_prefetch_factor", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_new_tokens trainer.peft_config.r", lambda n: n >= 1, "at least 1"),
@@ -436,7 +466,13 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
     # lengths and batches
     ("global_batch_size", lambda run: run.batch is None and "auto" in run.passes,
      "perf=auto divides it into passes; say how many rows an update sees, as global_batch_size=16"),
-    ("global_batch_size", lambda run: run.batch and run.whole and math.prod(run.passes) != run.batch,
+    ("hardware.processes", lambda run: run.processes > 1 and not run.use_cpu and run.processes > run.accelerators,
+     "more than the {run.accelerators} accelerators here; with trainer.args.use_cpu=true they share the processor"),
+    ("global_batch_size", lambda run: run.indivisible,
+     "{run.processes} processes of {run.passes[0]} rows at once see a multiple of {run.at_once}; the nearest are "
+     "{run.nearest}, or set trainer.args.per_device_train_batch_size"),
+    ("global_batch_size", lambda run: run.batch and run.whole and not run.indivisible
+     and run.processes > 0 and math.prod(run.passes) * run.processes != run.batch,
      "an update sees {run.seen} rows; leave one of the two to it, as trainer.args.gradient_accumulation_steps=auto"),
     ("global_batch_size", lambda run: run.batch and run.uneven,
      "has to be a multiple of {run.uneven}, which is asked for"),
@@ -586,12 +622,10 @@ NEVER: tuple[tuple[str, str], ...] = (
      "an evaluation keeps no predictions"),
     ("label_names use_cache length_column_name",
      "TRL never reads it"),
-    ("ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
-     "a run is one process"),
     ("fsdp fsdp_config parallelism_config local_rank eval_use_gather_object average_tokens_across_devices",
-     "a run is one process"),
+     "the processes of a run are started and share its batches by hardware.processes"),
     ("log_on_each_node log_level_replica save_on_each_node trainer.args.accelerator_config.split_batches",
-     "a run is one process"),
+     "all processes of a run share one folder, and the first of them writes"),
 )
 # Rows are tokens when TRL gets them, so these would be accepted and ignored.
 TOKENIZING: tuple[tuple[str, str], ...] = (
@@ -682,6 +716,8 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     ("activation_checkpointing_kwargs", lambda run: run.activation_checkpointing,
      "trainer.args.activation_checkpointing=true"),
     ("liger_kernel_config", lambda run: run.use_liger_kernel, "trainer.args.use_liger_kernel=true"),
+    ("ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
+     lambda run: run.processes > 1, "hardware.processes=2 or more"),
     ("torch_empty_cache_steps", lambda run: not run.use_cpu, "a GPU, and trainer.args.use_cpu is true"),
 )
 

@@ -16,6 +16,11 @@ class Check:
 
 
 @dataclass
+class Hardware:
+    processes: int
+
+
+@dataclass
 class Config:
     """One run. Nobody makes one of these: the config is held against it, as it is against every `_target_`."""
 
@@ -31,6 +36,7 @@ class Config:
     encode: dict[str, Any]
     trainer: dict[str, Any]
     model: dict[str, Any]
+    hardware: Hardware
     evaluation: Evaluation
     check: Check
     callbacks: dict[str, Any]
@@ -40,7 +46,7 @@ KEYS = [f.name for f in fields(Config)]
 NODES = [f.name for f in fields(Config) if is_dataclass(f.type) or f.type == dict[str, Any]]
 SCHEMA = {  # what takes the keys of a node that has no `_target_`, as a target
     key: f"{kind.__module__}.{kind.__name__}"
-    for key, kind in {"": Config, "evaluation": Evaluation, "check": Check}.items()
+    for key, kind in {"": Config, "hardware": Hardware, "evaluation": Evaluation, "check": Check}.items()
 }
 # Keys that may be `auto`: what they come to is chosen for the machine (smoltrain/perf.py), and the record says it.
 AUTO: tuple[str, ...] = ("model.attn_implementation", "trainer.args.bf16", "trainer.args.activation_checkpointing")

@@ -1,6 +1,5 @@
 """The local launcher: imports once, then forks a process for each trial, as many at a time as the machine carries."""
 
-import ctypes
 import gc
 import os
 import pickle
@@ -27,6 +26,7 @@ from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
 from smoltrain.history import look
 from smoltrain.lines import some
+from smoltrain.ranks import PATIENCE, POLL, ends_with_its_parent
 from smoltrain.sweep.progress import Board
 
 # What a trial imports on its way; the classes that its config names come with it.
@@ -41,9 +41,6 @@ IMPORTED: tuple[str, ...] = (
 )
 IMPORTED += ("matplotlib.figure", "matplotlib.backends.backend_agg", "smoltrain.train", "smoltrain.evaluate")
 IMPORTED += ("smoltrain.preflight", "smoltrain.callbacks", "smoltrain.trainers", "smoltrain.data.streams")
-POLL = 0.05  # seconds between two looks at the processes
-PATIENCE = 60  # seconds that a trial has to save and leave
-KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
 
 
 @dataclass
@@ -138,8 +135,7 @@ class Local(Launcher):
     def start(self, job: Job) -> None:
         job.began = time.monotonic()
         job.directory.mkdir(parents=True, exist_ok=True)
-        gpus = devices()
-        environment = {"CUDA_VISIBLE_DEVICES": gpus[job.slot % len(gpus)]} if gpus else {}
+        environment = own_devices(job.slot, job.config.hardware.processes)
         if unsafe_to_fork():
             job.pid = spawned(job, environment)
             return
@@ -184,10 +180,11 @@ def imported(config: DictConfig) -> None:
 
 def room(config: DictConfig) -> int:
     """How many trials there is room for at a time."""
+    processes = config.hardware.processes
     if not config.trainer.args.use_cpu and devices():
-        return len(devices())
+        return max(len(devices()) // processes, 1)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // (config.threads or int(os.environ.get("OMP_NUM_THREADS") or cores)), 1)
+    return max(cores // ((config.threads or int(os.environ.get("OMP_NUM_THREADS") or cores)) * processes), 1)
 
 
 def devices() -> list[str]:
@@ -197,6 +194,13 @@ def devices() -> list[str]:
     if named := os.environ.get("CUDA_VISIBLE_DEVICES"):
         return named.split(",")
     return [str(number) for number in range(torch.cuda.device_count())]
+
+
+def own_devices(slot: int, processes: int) -> dict[str, str]:
+    """The accelerators of the trial at a place, one for each of its processes."""
+    gpus = devices()
+    own = [gpus[(slot * processes + process) % len(gpus)] for process in range(processes)] if gpus else []
+    return {"CUDA_VISIBLE_DEVICES": ",".join(dict.fromkeys(own))} if own else {}
 
 
 def unsafe_to_fork() -> bool:
@@ -300,12 +304,6 @@ def alone(directory: Path) -> None:
     log = os.open(directory / runs.LOG, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for number, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, number)
-
-
-def ends_with_its_parent(number: signal.Signals) -> None:
-    """Has this process get a signal when its parent ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(KILL_WITH_PARENT, number)
 
 
 def came_to(done: JobReturn, directory: Path) -> int:
