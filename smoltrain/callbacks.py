@@ -2,6 +2,7 @@
 
 import math
 import shutil
+import time
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -129,12 +130,18 @@ class Checkpoints(RunCallback):
         if self.together:
             asked = torch.tensor(int(STOP.asked is not None), device=self.trainer.args.device)
             if self.trainer.accelerator.reduce(asked).item():
-                STOP.asked = self.agreed = STOP.asked or "SIGTERM"
+                if STOP.asked is None:
+                    STOP.asked, STOP.when = "SIGTERM", time.monotonic()  # its own comes yet, and is no second one
+                self.agreed = STOP.asked
+
+    @property
+    def signal(self) -> str | None:
+        """The signal for which training stops; of one that came too late for all processes to agree, they go on."""
+        return self.agreed if self.together else STOP.asked
 
     def leaves(self, state: Any) -> bool:
         """Whether training stops here, to go on later."""
-        asked = self.agreed if self.together else STOP.asked
-        return bool(asked and STOP.waits) or self.paused(state)
+        return bool(self.signal and STOP.waits) or self.paused(state)
 
     def paused(self, state: Any) -> bool:
         return self.pause_at is not None and self.pause_at <= state.global_step < state.max_steps
@@ -224,6 +231,7 @@ class Checkpoints(RunCallback):
     def refuse_damaged_best(self, folder: Path) -> None:
         """Raises OSError where the checkpoint that is to become the final model is not what was saved."""
         self.finish()
+        self.trainer.accelerator.wait_for_everyone()  # only the first of several processes seals
         manifest = checkpoints.read(folder)
         if wrong := "its manifest is gone" if manifest is None else checkpoints.damage(folder, manifest):
             raise OSError(f"{folder}: {wrong}; it is the best, and would be the final model")

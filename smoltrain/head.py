@@ -1,7 +1,7 @@
 """TRL's LM head where no Triton kernel folds it: what it puts out, without computing the logits twice.
 
 TRL's own code for such devices goes over all logits a dozen times, and computes them again for their gradients. Here
-the probabilities of what is predicted are kept from one to the other, and become the gradients where they lie.
+the logits of what is predicted are kept from one to the other, and become their gradients where they lie.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ class Head:
 
 
 class Scores(torch.autograd.Function):
-    """Scores of targets, (N) each, whose gradients come from the (N, vocabulary) probabilities that are kept."""
+    """Scores of targets, (N) each, whose gradients come from the (N, vocabulary) logits that are kept."""
 
     @staticmethod
     def forward(
@@ -72,13 +72,18 @@ class Scores(torch.autograd.Function):
         bias_ = None if bias is None else bias.to(dtype)
         kept = hidden_.new_empty(len(targets) if learns else 0, len(weight))
         many = max(AT_ONCE // len(weight), 1)
+        log_z: list[Tensor] = []
         found: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *outputs)}
         for at in range(0, len(targets), many):
-            logits = linear(hidden_[at : at + many], weight_, bias_).float()
+            given = linear(hidden_[at : at + many], weight_, bias_)
+            if learns:
+                kept[at : at + many] = given
+            logits = given.float()
             if scale != 1:
                 logits.mul_(scale)
             logs, wanted = logits.log_softmax(-1), targets[at : at + many]
             found["log_probs"].append(logs.gather(-1, wanted[:, None])[:, 0])
+            log_z.append(logits.gather(-1, wanted[:, None])[:, 0] - found["log_probs"][-1])
             if "mean_logits" in outputs:
                 found["mean_logits"].append(logits.mean(-1))
             if "is_top1" in outputs:
@@ -88,29 +93,26 @@ class Scores(torch.autograd.Function):
                 found["entropy"].append(-(logs * probabilities).sum(-1))
             if "log_sum_sq_probs" in outputs:
                 found["log_sum_sq_probs"].append(probabilities.square().sum(-1).log())
-            if learns:
-                kept[at : at + many] = probabilities
         scores = {name: torch.cat(parts) if parts else hidden.new_empty(0) for name, parts in found.items()}
-        ctx.save_for_backward(hidden_, weight_, targets, kept, scores.get("entropy"))
+        ctx.save_for_backward(hidden_, weight_, targets, kept, torch.cat(log_z), scores.get("entropy"))
         ctx.scale, ctx.dtypes = scale, [None if part is None else part.dtype for part in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*(scores[name] for name in outputs if name not in ("log_probs", "entropy")))
         return tuple(scores.get(name) for name in ("log_probs", *OPTIONAL_OUTPUTS))
 
     @staticmethod
     def backward(ctx: Any, of_logs: Tensor | None, of_entropy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, targets, kept, entropy = ctx.saved_tensors
+        hidden, weight, targets, kept, log_z, entropy = ctx.saved_tensors
         many = max(AT_ONCE // len(weight), 1)
         for at in range(0, len(targets), many):
             some = slice(at, at + many)
-            p = kept[some].float()
+            log_p = (kept[some].float() * ctx.scale).sub_(log_z[some, None])
+            p = log_p.exp()
             gradient = torch.zeros_like(p)
             if of_logs is not None:  # of log p(target) by the logits: 1 at the target, less p
-                gradient.addcmul_(p, of_logs[some, None], value=-1)
-                gradient.scatter_add_(1, targets[some, None], of_logs[some, None])
+                gradient.scatter_(1, targets[some, None], 1.0).sub_(p).mul_(of_logs[some, None])
             if of_entropy is not None:  # of the entropy: -p (log p + entropy)
-                surprise = torch.special.xlogy(p, p).addcmul_(p, entropy[some, None])
-                gradient.addcmul_(surprise, of_entropy[some, None], value=-1)
-            kept[some] = gradient.mul_(ctx.scale) if ctx.scale != 1 else gradient
+                gradient.addcmul_(log_p.add_(entropy[some, None]).mul_(p), of_entropy[some, None], value=-1)
+            kept[some] = gradient.mul_(ctx.scale)
         to_hidden, to_weight, to_bias = ctx.needs_input_grad[:3]
         gradients = (
             kept @ weight if to_hidden else None,

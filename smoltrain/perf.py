@@ -98,12 +98,12 @@ def keep_memory(device: Any) -> None:
     """Has a processor's memory that is freed stay with this process, for the next step, which asks for as much again.
 
     glibc hands each large tensor back, and takes a fifth of the time of a step to get cleared pages for the next one.
-    What is set in the environment (MALLOC_…) stays, and so does any other C library's way.
+    What is set in the environment (MALLOC_…, GLIBC_TUNABLES) stays, and so does any other C library's way.
     """
     if (
         device.type == "cpu"
         and platform.libc_ver()[0] == "glibc"
-        and not any(n.startswith("MALLOC_") for n in os.environ)
+        and not any(n.startswith(("MALLOC_", "GLIBC_TUNABLES")) for n in os.environ)
     ):
         libc = ctypes.CDLL(None)
         libc.mallopt(M_MMAP_MAX, 0)

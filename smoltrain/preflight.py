@@ -105,8 +105,7 @@ def preflight(
             found.trainer = instantiate(cfg.trainer)
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
-            if not ranks.inside():  # which plans for all processes: what they do side by side are passes of one
-                found.args.gradient_accumulation_steps *= cfg.hardware.processes
+            plan_for_all(found.args, cfg.hardware.processes)
     if found.skeleton is not None and found.trainer is not None:
         with found.part("trainer.peft_config"):
             found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])
@@ -133,6 +132,7 @@ def preflight(
             perf.geometry(found.choices, found)
             if found.choices.made:
                 found.trainer = instantiate(cfg.trainer)
+                plan_for_all(found.args, cfg.hardware.processes)
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
         found.errors += unmeasured(cfg, found) + ([] if found.streamed else without_batch(found.args, rows))
@@ -237,6 +237,12 @@ def without_position(skeleton: Any, longest: int, max_length: int | None) -> lis
             f"for {known:,}; set it to that at most"
         ]
     return []
+
+
+def plan_for_all(args: Any, processes: int) -> None:
+    """Has what is planned in one process hold for several: what these do side by side are passes of that one."""
+    if not ranks.inside():
+        args.gradient_accumulation_steps *= processes
 
 
 def without_batch(args: Any, rows: int) -> list[str]:

@@ -31,8 +31,9 @@ from smoltrain.endings import DiskFull, OutOfMemory
 GIVEN = "given.json"
 POLL = 0.05  # seconds between two looks at processes
 PATIENCE = 60  # seconds that one has to save and leave
+ABORTED = -signal.SIGABRT
 KILL_WITH_PARENT = 1  # PR_SET_PDEATHSIG of Linux' prctl
-GRACE = 10  # seconds in which the others may fail by themselves when one rank has failed
+GRACE = 30  # seconds in which the others may fail by themselves when one rank has failed
 KINDS = (ConfigError, runs.Diverged, runs.Interrupted, DiskFull, OutOfMemory)
 
 
@@ -53,6 +54,19 @@ class Rank(runs.Run):
             super().note(**facts)
         else:
             self.record |= facts
+
+    def watch(self, watchers: list[Any]) -> None:
+        """Tells of the run those who write what comes of it; of the others' processes a tracker would make runs."""
+        from smoltrain.callbacks import Metrics
+
+        super().watch([one for one in watchers if self.writes or type(one) is Metrics])
+
+    def end(self, status: str) -> None:
+        """Writes how far it came, and tells all who watch it how it ended; that stands in no record yet."""
+        self.note()
+        self.record = self.record | {"status": status}
+        for watcher in self.watchers:
+            watcher.on_run_end(self)
 
 
 @dataclass
@@ -86,9 +100,11 @@ def start(run: runs.Run, processes: int) -> None:
         told.unlink()
     runs.write_atomically(folder / GIVEN, json.dumps({"record": run.record, "former": run.former}))
     port = free_port()
-    started = [Process(rank, begun(run.directory, rank, processes, port)) for rank in range(processes)]
+    started: list[Process] = []
     interrupt = None
     try:
+        for rank in range(processes):
+            started.append(Process(rank, begun(run.directory, rank, processes, port)))
         watch(started)
     except runs.Interrupted as error:
         interrupt = error
@@ -147,7 +163,7 @@ def stop(started: list[Process]) -> None:
     for one in started:
         with suppress(ProcessLookupError):
             one.process.send_signal(signal.SIGTERM)
-    last = time.monotonic() + PATIENCE
+    last = time.monotonic() + PATIENCE - 10  # a sweep gives as long to a trial, which has to say how it ended
     with suppress(KeyboardInterrupt):
         while any(one.code is None for one in started) and time.monotonic() < last:
             time.sleep(POLL)
@@ -162,7 +178,8 @@ def refuse_failures(folder: Path, codes: list[int | None], interrupt: runs.Inter
     told = {
         rank: json.loads(file.read_text()) for rank in range(len(codes)) if (file := folder / f"{rank}.json").exists()
     }
-    silent = [rank for rank, code in enumerate(codes) if code and rank not in told]
+    # What loses its peers may abort; that is no cause where another one tells one.
+    silent = [rank for rank, code in enumerate(codes) if code and rank not in told and not (told and code == ABORTED)]
     if silent and interrupt is None:
         rank, code = silent[0], codes[silent[0]] or 0
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"left with {code}"
@@ -176,11 +193,20 @@ def refuse_failures(folder: Path, codes: list[int | None], interrupt: runs.Inter
         error = RankFailed(f"rank {first['rank']} of {len(codes)}: {first['said']}")
         error.add_note(first["trace"])
         raise error
-    if interrupt is not None and any(codes):
+    if interrupt is not None and any(code != 0 for code in codes):  # None: it had to be killed
         raise interrupt
 
 
 # ---------------------------------------------------------------- in the process of a rank
+
+
+def literal(config: Any) -> Any:
+    """A resolved config in which no text is taken for an interpolation again."""
+    if isinstance(config, dict):
+        return {key: literal(value) for key, value in config.items()}
+    if isinstance(config, list):
+        return [literal(value) for value in config]
+    return config.replace("${", r"\${") if isinstance(config, str) else config
 
 
 def main(directory: Path) -> int:
@@ -198,15 +224,14 @@ def main(directory: Path) -> int:
     run = Rank(directory, given["record"], given["former"], writes=rank == 0)
     try:
         with explained(directory, lambda: run.args):
-            train(OmegaConf.create(given["record"]["config"]), run, fresh=True)
-        for watcher in run.watchers:
-            watcher.on_run_end(run)
+            train(OmegaConf.create(literal(given["record"]["config"])), run, fresh=True)
+        run.end("completed")
         return 0
     except BaseException as error:  # noqa: BLE001 - it is raised again, where the run is owned
         said = {"rank": rank, "kind": type(error).__name__, "message": str(error), "said": runs.described(error)}
         said |= {"trace": "".join(traceback.format_exception(error)), "at": time.time()}
         runs.write_atomically(directory / runs.RANKS / f"{rank}.json", json.dumps(runs.redacted(said)))
-        run.note()  # how far it came
+        run.end(runs.status_of(error))
         return runs.CODES.get(runs.status_of(error), 1)
 
 

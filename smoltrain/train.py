@@ -93,9 +93,9 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
         trainer.train(resume_from_checkpoint=start.checkpoint and str(start.checkpoint))
     finally:
         saving.join()  # whatever it ends with, what was saved is sealed before the record says how it ended
-    if runs.STOP.asked:
-        trainer.accelerator.wait_for_everyone()
-        raise runs.Interrupted(f"interrupted by {runs.STOP.asked}, saved at step {trainer.state.global_step}")
+    if saving.signal:
+        trainer.accelerator.wait_for_everyone()  # who leaves first, the others must not miss
+        raise runs.Interrupted(f"interrupted by {saving.signal}, saved at step {trainer.state.global_step}")
     after, replies = evaluate(trainer, chat, rows, cfg.evaluation.max_new_tokens)
     if saving.paused(trainer.state):
         step = trainer.state.global_step

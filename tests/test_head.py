@@ -53,8 +53,11 @@ def test_scores_and_gradients_are_those_of_plain_logits(monkeypatch, at_once, bi
         torch.testing.assert_close(found, right, rtol=1e-5, atol=1e-5)
 
 
-def test_in_bf16_it_rounds_as_trls_head_does():
+@pytest.mark.parametrize("sure", [False, True])
+def test_in_bf16_it_rounds_as_trls_head_does(sure):
     parts, targets = given(False), torch.arange(N)
+    if sure:  # of its targets, as a model is that has learned them
+        parts[0] = 0.6 * parts[1][targets]
 
     def of(function):
         def scored(hidden, weight, bias, targets):

@@ -13,7 +13,7 @@ from datasets import Dataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from trl import SFTConfig, SFTTrainer
 
-from smoltrain import perf
+from smoltrain import budget, perf
 from smoltrain.config.schema import AUTO
 from smoltrain.model import locate
 from smoltrain.preflight import preflight
@@ -177,3 +177,13 @@ def test_operations_are_counted_as_upstream_counts_them(folder):
         one = kind(model=model, args=args, train_dataset=data, processing_class=tokenizer)
         counted.append([one.floating_point_ops(batch), one.floating_point_ops(batch), one.floating_point_ops({})])
     assert counted[0] == counted[1] and counted[0][0] > 1e7
+
+
+@pytest.mark.parametrize("how", [("perf=auto",), ("hardware=ddp",)])
+def test_what_is_planned_for_two_processes_is_what_is_planned_for_one(how):
+    plans = []
+    for processes in (1, 2):
+        found = preflight(resolvable([*how, *FEW, f"hardware.processes={processes}", "trainer.args.use_cpu=true"]))
+        assert not found.errors
+        plans.append(budget.steps(found.data.lengths.size, found.args))
+    assert plans[0] == plans[1] and plans[0].effective_batch == 16

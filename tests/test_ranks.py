@@ -3,13 +3,17 @@
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from conftest import QUICK
+from omegaconf import OmegaConf
 
+from smoltrain import ranks, runs
 from smoltrain.__main__ import main
 from smoltrain.runs import read, read_metrics
 
@@ -40,7 +44,7 @@ def test_one_process_and_two_take_the_same_fifty_steps(smoltrain, trainer):
         one["fingerprints"]["train"],
     )
     given = json.loads((two["directory"] / "ranks" / "given.json").read_text())["record"]["config"]
-    assert given == two["config"] and given["trainer"]["args"]["gradient_accumulation_steps"] == 2
+    assert given["trainer"]["args"]["gradient_accumulation_steps"] == 2
     assert "rows to learn from" in (two["directory"] / "ranks" / "1.log").read_text()
 
 
@@ -143,3 +147,36 @@ def test_what_cannot_be_shared_is_refused(folder, monkeypatch, capsys, overrides
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert main(["hardware=ddp", "global_batch_size=16", *overrides]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_several_processes_are_one_run_in_a_tracker(smoltrain, folder):
+    (record,) = smoltrain(*DDP, "hardware.processes=2", *FEW, "tracking=trackio", quick=QUICK)
+    with sqlite3.connect(folder / "trackio" / "smoltrain.db") as tracked:
+        logged = tracked.execute("select run_name, metrics from metrics").fetchall()
+    assert {name for name, _ in logged} == {"/".join(record["directory"].parts[-2:])}
+    assert json.loads(logged[-1][1])["status"] == "completed"
+
+
+def told(folder: Path, rank: int, kind: str, at: float) -> None:
+    said = {"rank": rank, "kind": kind, "message": "why", "said": f"{kind}: why", "trace": "", "at": at}
+    (folder / f"{rank}.json").write_text(json.dumps(said))
+
+
+def test_a_run_whose_ranks_had_to_be_killed_is_no_completed_one(folder):
+    with pytest.raises(runs.Interrupted, match="by SIGTERM"):
+        ranks.refuse_failures(folder, [None, None], runs.Interrupted("interrupted by SIGTERM"))
+    ranks.refuse_failures(folder, [0, 0], runs.Interrupted("interrupted by SIGTERM"))  # it came too late
+
+
+def test_what_ended_a_run_is_what_the_first_rank_says_and_not_who_misses_it(folder):
+    told(folder, 1, "Diverged", 1.0)
+    told(folder, 2, "RuntimeError", 2.0)
+    with pytest.raises(runs.Diverged, match="why"):
+        ranks.refuse_failures(folder, [-signal.SIGABRT, 3, 1], None)
+    with pytest.raises(ranks.RankFailed, match="rank 0 of 3 was killed by SIGKILL"):
+        ranks.refuse_failures(folder, [-signal.SIGKILL, 3, 1], None)
+
+
+def test_a_text_that_looks_like_an_interpolation_stays_one():
+    config = {"data": {"system_prompt": "use ${name}", "paths": ["${a}/b"]}, "n": 1}
+    assert OmegaConf.to_container(OmegaConf.create(ranks.literal(config)), resolve=True) == config

@@ -149,6 +149,7 @@ BROKEN = [  # a command line, and what is said of it
         "its num_steps says what",
     ),
     ([*STREAM], "data.streaming=true: nobody knows how many rows a stream has"),
+    ([*STREAM, "hardware.processes=2"], "data.streaming=true: one process reads a stream"),
     ([*STREAM, "trainer.args.dataloader_num_workers=1"], "data.streaming=true: its rows are counted as they are read"),
     ([*STREAM, "trainer.args.max_length=4096"], "may be of any length, and the model was made for 2048 tokens"),
     ([*STREAM, "trainer.args.max_length=null"], "may be of any length, and the model was made for 2048 tokens"),

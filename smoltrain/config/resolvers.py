@@ -47,17 +47,21 @@ def accelerators() -> int:
     return len([*Path("/dev").glob("nvidia[0-9]*")])
 
 
-def accumulation(_parent_: DictConfig, _root_: DictConfig) -> int:
+def accumulation(_parent_: DictConfig, _root_: DictConfig) -> int | str:
     """How many passes of all processes an update needs; what does not divide, the rules refuse."""
-    at_once = _parent_.per_device_train_batch_size * _root_.hardware.processes
-    return max(_root_.global_batch_size // max(at_once, 1), 1)
+    rows, batch, processes = _parent_.per_device_train_batch_size, _root_.global_batch_size, _root_.hardware.processes
+    if not all(type(number) is int for number in (rows, batch, processes)):
+        return "auto"  # where it may not be that, the rules say so
+    return max(batch // max(rows * processes, 1), 1)
 
 
 def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
     """Whether it pays to compute what a reference makes of all rows before training.
 
-    It does where every row is learned from; and cannot be done for rows that are streamed or a reference that moves.
+    It does where every row is learned from, by one process; it cannot be done for a stream or a reference that moves.
     """
+    if _root_.hardware.processes != 1:
+        return False
     data = plain(_root_.data) if OmegaConf.is_dict(_root_.data) else {}
     streamed = any(key.rpartition(".")[2] == "streaming" and value for key, value in leaves(data))
     return _parent_.max_steps == -1 and not _parent_.get("sync_ref_model") and not streamed

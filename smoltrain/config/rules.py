@@ -583,6 +583,8 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
     # rows that are streamed
     ("{run.stream}", lambda run: run.stream and run.max_steps <= 0,
      "nobody knows how many rows a stream has; set trainer.args.max_steps=…"),
+    ("{run.stream}", lambda run: run.stream and run.processes > 1,
+     "one process reads a stream, and batches of several lengths are not shared; set hardware.processes=1"),
     ("{run.stream}", lambda run: run.stream and run.dataloader_num_workers,
      "its rows are counted as they are read, in this process; set trainer.args.dataloader_num_workers=0"),
     ("{run.stream}", lambda run: run.stream and (run.max_length or INF) > run.positions,
