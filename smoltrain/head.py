@@ -72,16 +72,17 @@ class Scores(torch.autograd.Function):
         bias_ = None if bias is None else bias.to(dtype)
         kept = hidden_.new_empty(len(targets) if learns else 0, len(weight))
         many = max(AT_ONCE // len(weight), 1)
+        exact = dtype == torch.float32  # then the logarithms of probabilities are kept; rounded, they would be none
         log_z: list[Tensor] = []
         found: dict[str, list[Tensor]] = {name: [] for name in ("log_probs", *outputs)}
         for at in range(0, len(targets), many):
             given = linear(hidden_[at : at + many], weight_, bias_)
-            if learns:
-                kept[at : at + many] = given
             logits = given.float()
             if scale != 1:
                 logits.mul_(scale)
             logs, wanted = logits.log_softmax(-1), targets[at : at + many]
+            if learns:
+                kept[at : at + many] = logs if exact else given
             found["log_probs"].append(logs.gather(-1, wanted[:, None])[:, 0])
             log_z.append(logits.gather(-1, wanted[:, None])[:, 0] - found["log_probs"][-1])
             if "mean_logits" in outputs:
@@ -94,7 +95,9 @@ class Scores(torch.autograd.Function):
             if "log_sum_sq_probs" in outputs:
                 found["log_sum_sq_probs"].append(probabilities.square().sum(-1).log())
         scores = {name: torch.cat(parts) if parts else hidden.new_empty(0) for name, parts in found.items()}
-        ctx.save_for_backward(hidden_, weight_, targets, kept, torch.cat(log_z), scores.get("entropy"))
+        normal = torch.cat(log_z) if log_z else hidden.new_empty(0)
+        ctx.exact = exact
+        ctx.save_for_backward(hidden_, weight_, targets, kept, normal, scores.get("entropy"))
         ctx.scale, ctx.dtypes = scale, [None if part is None else part.dtype for part in (hidden, weight, bias)]
         ctx.mark_non_differentiable(*(scores[name] for name in outputs if name not in ("log_probs", "entropy")))
         return tuple(scores.get(name) for name in ("log_probs", *OPTIONAL_OUTPUTS))
@@ -105,7 +108,7 @@ class Scores(torch.autograd.Function):
         many = max(AT_ONCE // len(weight), 1)
         for at in range(0, len(targets), many):
             some = slice(at, at + many)
-            log_p = (kept[some].float() * ctx.scale).sub_(log_z[some, None])
+            log_p = kept[some] if ctx.exact else (kept[some].float() * ctx.scale).sub_(log_z[some, None])
             p = log_p.exp()
             gradient = torch.zeros_like(p)
             if of_logs is not None:  # of log p(target) by the logits: 1 at the target, less p
