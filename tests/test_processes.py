@@ -22,7 +22,7 @@ pytestmark = [
 
 def losses(folder: Path, method: str, ours: bool, processes: int) -> list[float]:
     """The loss of each step, of rows as different in length as they come, a process's share of each batch at a time."""
-    args = {"per_device_train_batch_size": BATCH // processes, "max_steps": STEPS, "seed": 3}
+    args = {"per_device_train_batch_size": BATCH // processes, "max_steps": STEPS, "seed": 3, "learning_rate": 1e-4}
     if method == "sft":
         one = tuned(folder, rows(STEPS * BATCH, (3, 60)), ours, **args)
     else:

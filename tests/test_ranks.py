@@ -18,7 +18,7 @@ from smoltrain.__main__ import main
 from smoltrain.runs import read, read_metrics
 
 FEW = ("data.train_rows=400", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none")
-FIFTY = (*FEW, "trainer.args.max_steps=50", "trainer.args.logging_steps=1", "trainer.args.learning_rate=2e-4")
+FIFTY = (*FEW, "trainer.args.max_steps=50", "trainer.args.logging_steps=1", "trainer.args.learning_rate=5e-5")
 DDP = ("hardware=ddp", "global_batch_size=8")
 
 
@@ -36,7 +36,7 @@ def trained(smoltrain, processes: int, *overrides: str) -> tuple[dict, list[floa
 def test_one_process_and_two_take_the_same_fifty_steps(smoltrain, trainer):
     (one, alone), (two, together) = (trained(smoltrain, n, f"trainer={trainer}", *FIFTY) for n in (1, 2))
     assert len(alone) == 50 and together == pytest.approx(alone, abs=1e-5)
-    assert alone[-1] < alone[0]
+    assert sum(alone[-10:]) / 10 < alone[0]
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-5)
     assert (two["status"], two["steps"], two["fingerprints"]["train"]) == (
         "completed",
