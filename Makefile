@@ -67,6 +67,7 @@ bench: setup ## measure; medians and spread
 	$(BIN)/python benchmarks/checkpoints.py
 	$(BIN)/python benchmarks/sweep.py
 	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/scaling.py
 
 clean: ## remove what was built, keep the runs
 	rm -rf $(VENV) dist build *.egg-info .pytest_cache .ruff_cache .mypy_cache

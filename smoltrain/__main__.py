@@ -133,6 +133,11 @@ def run(verb: str, arguments: list[str]) -> int:
 
 def failed(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Prints an exception that ends the process, without the frames of Hydra that led to it."""
+    from smoltrain.ranks import RankFailed
+
+    if issubclass(kind, RankFailed):  # where it failed, its notes say
+        print("\n".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return
     frames = []
     while trace is not None:
         if trace.tb_frame.f_globals.get("__name__", "").split(".")[0] not in ("hydra", "omegaconf"):
@@ -234,8 +239,8 @@ def train(arguments: list[str]) -> int:
             by_hydra(*looked_at(flags, overrides), task)
         elif asked_for(flags, overrides):
             return sweep(flags, overrides, task)
-        else:
-            run_once(flags, overrides, task)
+        elif elsewhere := run_once(flags, overrides, task, exits):
+            return elsewhere
     except (ConfigError, BrokenPipeError):
         raise
     except (*COMPOSING, OSError) as error:
@@ -292,15 +297,42 @@ def looked_at(flags: list[str], overrides: list[str]) -> tuple[list[str], list[s
     return flags, overrides
 
 
-def run_once(flags: list[str], overrides: list[str], task: "TaskFunction") -> None:
-    """Checks the config of a run, and runs it: in a directory of its own, or where it goes on with another one."""
-    from hydra.types import RunMode
+def run_once(flags: list[str], overrides: list[str], task: "TaskFunction", exits: list[int]) -> int:
+    """Checks the config of a run, and runs it: in a directory of its own, or where it goes on with another one.
 
-    from smoltrain.config.compose import of_run, run_job, whole
-    from smoltrain.resume import continued
+    Where another node owns the run, this one helps it, or Slurm runs it, the exit code is that of the run; else 0, and
+    that of the `task` is the last of `exits`.
+    """
+    from smoltrain.config.compose import of_run, whole
 
     flags, overrides = with_its_own(flags, overrides)
     cfg = whole(overrides, [*flags, *overrides])
+    if cfg.hardware.slurm:
+        from smoltrain.config.targets import instantiate
+
+        job = instantiate(cfg.hardware.slurm)
+        return job.run(cfg.name, cfg.hardware.nodes, [*flags, *overrides])  # type: ignore[no-any-return]
+    if cfg.hardware.nodes == 1:
+        begin(cfg, overrides, task)
+        return 0
+    from smoltrain.nodes import meeting
+    from smoltrain.ranks import help_out
+
+    with meeting(of_run(cfg)) as met:
+        if met.index:
+            return help_out(met, cfg.hardware.processes)
+        begin(cfg, overrides, task)
+        met.ended = exits[-1]
+        return 0
+
+
+def begin(cfg: "DictConfig", overrides: list[str], task: "TaskFunction") -> None:
+    """Runs a checked config by Hydra, in a directory of its own, or where it goes on with another run."""
+    from hydra.types import RunMode
+
+    from smoltrain.config.compose import of_run, run_job
+    from smoltrain.resume import continued
+
     cfg.hydra.mode = RunMode.RUN
     if directory := continued(of_run(cfg), overrides):
         cfg.hydra.run.dir = str(directory)

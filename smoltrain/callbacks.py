@@ -2,7 +2,7 @@
 
 import math
 import shutil
-import time
+from datetime import timedelta
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from smoltrain import checkpoints
 from smoltrain.endings import DiskFull, no_room
+from smoltrain.fsdp import local
 from smoltrain.runs import STOP, Diverged, Run
 
 
@@ -77,7 +78,7 @@ class Finite(RunCallback):
 
     def look_at_weights(self, step: int) -> None:
         trained = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
-        if trained and not torch.stack([torch.isfinite(weight).all() for weight in trained]).all():
+        if trained and not torch.stack([torch.isfinite(local(weight)).all() for weight in trained]).all():
             raise Diverged(f"the weights are no longer finite at step {step}")
 
 
@@ -98,6 +99,10 @@ class Checkpoints(RunCallback):
         trainer.args.save_total_limit = None  # transformers would remove the last sealed one before the next is there
         self.together = trainer.accelerator.num_processes > 1
         self.agreed: str | None = None  # which signal it is that all processes of a run stop for
+        waits = timedelta(seconds=trainer.args.ddp_timeout)
+        self.group = torch.distributed.new_group(backend="gloo", timeout=waits) if self.together else None
+        self.known = torch.zeros(1, dtype=torch.int32)  # how many of them knew of one a step ago
+        self.asking: Any = None
         self.sealing: Thread | None = None
         self.failure: OSError | None = None
         self.saved = int(checkpoint.name.split("-")[1]) if checkpoint else -1  # the step that is written already
@@ -105,7 +110,8 @@ class Checkpoints(RunCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         STOP.waits = True
-        assert not self.together or self.trainer.model_wrapped is not self.trainer.model, "gradients are not shared"
+        shared = self.trainer.is_fsdp_enabled or self.trainer.model_wrapped is not self.trainer.model
+        assert shared or not self.together, "gradients are not shared"
         if self.checkpoint is not None:
             state.compute_steps(args, state.max_steps)  # how often to log, measure and save: as it is asked for now
             if state.best_model_checkpoint:  # by its name, for a run may have been moved
@@ -126,13 +132,19 @@ class Checkpoints(RunCallback):
         self.before_saving(state, control)
 
     def agree(self) -> None:
-        """Has all processes of a run stop in the same step, in which each of them knows of a signal."""
-        if self.together:
-            asked = torch.tensor(int(STOP.asked is not None), device=self.trainer.args.device)
-            if self.trainer.accelerator.reduce(asked).item():
-                if STOP.asked is None:
-                    STOP.asked, STOP.when = "SIGTERM", time.monotonic()  # its own comes yet, and is no second one
-                self.agreed = STOP.asked
+        """Has all processes of a run stop in the same step, one after the step in which one of them knew of a signal.
+
+        They ask each other while they compute, past the accelerator, which nothing here has to wait for.
+        """
+        if not self.together or self.agreed:
+            return
+        if self.asking is not None:
+            self.asking.wait()
+            if self.known.item():
+                self.agreed = STOP.asked or "SIGTERM"  # its own may come yet, and is no second one
+                return
+        self.known.fill_(STOP.asked is not None)
+        self.asking = torch.distributed.all_reduce(self.known, group=self.group, async_op=True)
 
     @property
     def signal(self) -> str | None:

@@ -24,6 +24,7 @@ from smoltrain.data.encode import ALIKE, ENDLESS, REPEATED_PROMPT
 from smoltrain.data.messages import EQUAL
 from smoltrain.lines import duration, size, some
 from smoltrain.preflight import Preflight, preflight, remarks
+from smoltrain.ranks import world
 
 SAMPLES = 3
 LINES = 12  # of a sample
@@ -197,7 +198,7 @@ def about_cost(cfg: DictConfig, found: Preflight, facts: dict[str, Any]) -> dict
     wanted = Path(checkpoint.source).is_dir() if cfg.check.step is None else cfg.check.step
     if found.fit and wanted:
         cost["step"] = one_step(cfg, found, facts["parameters"], longest)
-        steps = args.gradient_accumulation_steps * plan.total / cfg.hardware.processes
+        steps = args.gradient_accumulation_steps * plan.total / world(cfg.hardware)
         cost["seconds"] = cost["step"]["seconds_of_batch"] * usual / most * steps
     return cost
 

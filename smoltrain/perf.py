@@ -13,7 +13,7 @@ import os
 import platform
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from smoltrain.config import ConfigError
 from smoltrain.config.schema import AUTO
 from smoltrain.config.signatures import signature
 from smoltrain.lines import size
+from smoltrain.ranks import world
 from smoltrain.reference import TOKENS
 
 ARGS = "trainer.args."
 ROWS, STEPS = f"{ARGS}per_device_train_batch_size", f"{ARGS}gradient_accumulation_steps"
+DIVIDED = (ROWS, STEPS)
 CHECKPOINTING, LIGER = f"{ARGS}activation_checkpointing", f"{ARGS}use_liger_kernel"
 BATCHES = 200  # drawn to see how much of a batch is padding
 # Tokens of one forward pass from which on more of them are not computed faster.
@@ -74,9 +76,12 @@ class Choices:
         self.left = [key for key in AUTO if OmegaConf.select(self.cfg, key) == "auto"]
 
     def again(self, record: Mapping[str, Mapping[str, Any]]) -> None:
-        """Chooses what a run has chosen before."""
+        """Chooses what a run has chosen before, but for how a batch is divided where there are more processes now."""
+        rows, steps = (record[key]["value"] if key in record else OmegaConf.select(self.cfg, key) for key in DIVIDED)
+        fits = record.keys().isdisjoint(DIVIDED) or rows * steps == share(self.cfg)
         for key, choice in record.items():
-            self.settle(key, choice["value"], choice["why"])
+            if fits or key not in DIVIDED:
+                self.settle(key, choice["value"], choice["why"])
 
     def settle(self, key: str, value: Any, why: str) -> None:
         """Gives a key its value, unless it has one already."""
@@ -197,11 +202,11 @@ def geometry(choices: Choices, found: Any) -> None:
 
 def share(cfg: DictConfig) -> int:
     """The rows of an update that each process sees."""
-    return cfg.global_batch_size // cfg.hardware.processes  # type: ignore[no-any-return]
+    return cfg.global_batch_size // world(cfg.hardware)  # type: ignore[no-any-return]
 
 
 def among(cfg: DictConfig) -> str:
-    return f" in each of {cfg.hardware.processes} processes" if cfg.hardware.processes > 1 else ""
+    return f" in each of {world(cfg.hardware)} processes" if world(cfg.hardware) > 1 else ""
 
 
 def divisions(choices: Choices, found: Any, enough: int) -> list[int]:
@@ -233,7 +238,7 @@ def needs(cfg: DictConfig, found: Any, rows: int, recomputes: bool, steps: int) 
         and not args.precompute_ref_log_probs
     )
     most, _ = of_a_row(found, longest(found), rows)
-    return budget.memory(
+    whole = budget.memory(
         checkpoint.config(),
         args,
         peft_config,
@@ -244,6 +249,13 @@ def needs(cfg: DictConfig, found: Any, rows: int, recomputes: bool, steps: int) 
         reference,
         found.unpadded,
     )
+    return shared_out(whole, world(cfg.hardware)) if args.fsdp else whole
+
+
+def shared_out(whole: budget.Memory, processes: int) -> budget.Memory:
+    """What each of several processes needs where weights, gradients and optimizer are shared out among them."""
+    parts = ("weights", "gradients", "optimizer")
+    return replace(whole, **{part: math.ceil(getattr(whole, part) / processes) for part in parts})
 
 
 def longest(found: Any) -> int:

@@ -100,12 +100,12 @@ def preflight(
     with found.part("encode"):
         found.encoder = instantiate(cfg.encode)
     with found.part("trainer"):
-        found.errors += without_device(cfg.trainer.args.use_cpu)
+        found.errors += without_device(cfg.trainer.args.use_cpu, bool(cfg.hardware.slurm))
         if not any(error.startswith("trainer.args.") for error in found.errors):
             found.trainer = instantiate(cfg.trainer)
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
-            plan_for_all(found.args, cfg.hardware.processes)
+            plan_for_all(found.args, ranks.world(cfg.hardware))
     if found.skeleton is not None and found.trainer is not None:
         with found.part("trainer.peft_config"):
             found.errors += without_layer(found.skeleton, found.trainer.keywords["peft_config"])
@@ -132,7 +132,7 @@ def preflight(
             perf.geometry(found.choices, found)
             if found.choices.made:
                 found.trainer = instantiate(cfg.trainer)
-                plan_for_all(found.args, cfg.hardware.processes)
+                plan_for_all(found.args, ranks.world(cfg.hardware))
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
         found.errors += unmeasured(cfg, found) + ([] if found.streamed else without_batch(found.args, rows))
@@ -150,9 +150,11 @@ def unread_variables(chat: Chat) -> list[str]:
     ]
 
 
-def without_device(use_cpu: bool) -> list[str]:
+def without_device(use_cpu: bool, slurm: bool) -> list[str]:
     if use_cpu or torch.accelerator.is_available():
         return []
+    if slurm:
+        return ["hardware.slurm: this machine has no accelerator; check it where the job runs, by srun --gpus=1"]
     return ["trainer.args.use_cpu=false, and this machine has no accelerator: choose hardware=cpu or auto"]
 
 
@@ -311,6 +313,7 @@ def remarks(cfg: DictConfig, found: Preflight) -> list[str]:
             "tells them apart, and is learned first"
         )
     rows, known = data.lengths.size, budget.steps(max(data.lengths.size, 1), args)
+    odd += repeated(cfg, args, rows, known.total * known.effective_batch)
     if 0 < rows < known.effective_batch:
         odd.append(
             f"train: {some(rows, 'row')} to learn from, and a step would see {known.effective_batch}: each epoch is "
@@ -326,6 +329,21 @@ def remarks(cfg: DictConfig, found: Preflight) -> list[str]:
     if held_out < FEW:
         odd.append(f"test: {some(held_out, 'row')} held out: what is measured there says little; raise data.test_share")
     return odd
+
+
+def repeated(cfg: DictConfig, args: Any, rows: int, seen: int) -> list[str]:
+    """Whether several processes see rows twice, which accelerate gives them for a last pass that is whole."""
+    processes, size = ranks.world(cfg.hardware), args.per_device_train_batch_size
+    twice = -rows % (size * processes)
+    if processes == 1 or not twice or args.dataloader_drop_last or getattr(args, "packing", False):
+        return []
+    if seen <= rows - rows % (size * processes):
+        return []
+    return [
+        f"train: {some(rows, 'row')} to learn from, {size} at once in each of {processes} processes: the last pass of "
+        f"an epoch sees {some(twice, 'row')} twice; trainer.args.dataloader_drop_last=true leaves "
+        f"{rows % (size * processes)} out instead"
+    ]
 
 
 def lopsided(bias: dict[str, float]) -> bool:

@@ -14,6 +14,7 @@ from smoltrain.config.compose import compose
 from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
 from smoltrain.config.resolvers import stamp
+from smoltrain.config.schema import SCHEMA
 from smoltrain.config.validate import resolved
 from smoltrain.history import opened, resolve
 
@@ -49,7 +50,7 @@ def mended(record: dict[str, Any], command: list[str]) -> list[str]:
     then = {key: value for key, value in leaves(record["config"]) if key not in AS_IT_WAS}
     then |= {key: choice["value"] for key, choice in record.get("perf", {}).items()}
     changed = {key: value for key, value in then.items() if now.get(key, MISSING) != value}
-    new = [key for key in now if key not in then and key not in AS_IT_WAS]
+    new = [key for key in now if not (key in then or key in AS_IT_WAS or key.partition(".")[0] in SCHEMA)]
     for key, value in changed.items():
         print(f"{key}={shown(value)}, as it was: today it would be {shown(now.get(key))}", file=sys.stderr)
     return [*(f"++{key}={literal(value)}" for key, value in changed.items()), *(f"~{key}" for key in new)]

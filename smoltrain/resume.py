@@ -17,7 +17,7 @@ from smoltrain.config.groups import naming
 from smoltrain.config.overrides import read
 from smoltrain.config.validate import resolved
 from smoltrain.history import every, opened, resolve
-from smoltrain.lines import short
+from smoltrain.lines import short, some
 
 MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
 # What a continued run may change without a word: it is read anew, and what was learned so far does not hang on it.
@@ -46,6 +46,7 @@ def continued(cfg: DictConfig, overrides: list[str]) -> Path | None:
 def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
     """The last run of an experiment below a folder, claimed, where it is neither at its end nor running."""
     parent = pin_parent(cfg)
+    say_nearly(cfg, folder)
     for directory in alike(runs.config_hash(resolved(cfg)[0], parent), folder):
         status = runs.read(directory)["status"]
         if status in runs.UNFINISHED and runs.claim(directory):
@@ -54,6 +55,21 @@ def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
             return None
         print(f"{short(directory)}: this experiment is running there; another run of it begins", file=sys.stderr)
     return None
+
+
+def say_nearly(cfg: DictConfig, folder: Path) -> None:
+    """Says of the last run of this name, where it is unfinished, that it differs in what an update sees alone."""
+    last = next(iter(every(folder)), None)
+    if last is None or last.record.get("status") not in runs.UNFINISHED:
+        return
+    differing = [key for key in changes(last.record["config"], resolved(cfg)[0]) if key not in runs.DIVISION]
+    then = last.record["config"].get("global_batch_size")
+    if differing == ["global_batch_size"]:
+        print(
+            f"{short(last.directory)}: a run that is {last.record['status']} and says global_batch_size={shown(then)}; "
+            "with the same here, this would go on with it",
+            file=sys.stderr,
+        )
 
 
 def claim_own(cfg: DictConfig, directory: Path, trial: bool) -> None:
@@ -139,7 +155,8 @@ def refuse_changes(cfg: DictConfig, record: dict[str, Any]) -> None:
 def changes(then: dict[str, Any], now: dict[str, Any]) -> dict[str, list[Any]]:
     """What of a run's config decides what it learns and is another now: by key the old value and the new one."""
     one, other = dict(leaves(then)), dict(leaves(now))
-    ignored = (*(f"{key}." for key in runs.NOT_IDENTITY), *FREE)
+    divided = runs.DIVISION if then.get("global_batch_size") and now["global_batch_size"] else ()
+    ignored = (*(f"{key}." for key in (*runs.NOT_IDENTITY, *divided)), *FREE)
     differing = [key for key in sorted(one | other) if one.get(key) != other.get(key)]
     return {key: [one.get(key), other.get(key)] for key in differing if not f"{key}.".startswith(ignored)}
 
@@ -182,6 +199,18 @@ class Start:
                 )
         return cls(found, unfit)
 
+    @property
+    def told(self) -> dict[str, Any]:
+        """What another process has to know of it."""
+        names = {folder.name: why for folder, why in self.unfit.items()}
+        return {"checkpoint": self.checkpoint and self.checkpoint.name, "unfit": names}
+
+    @classmethod
+    def heard(cls, directory: Path, told: dict[str, Any]) -> "Start":
+        """What another process has told of where a run in a directory begins."""
+        unfit = {directory / name: why for name, why in told["unfit"].items()}
+        return cls(told["checkpoint"] and directory / told["checkpoint"], unfit)
+
     def go_back(self, run: runs.Run) -> None:
         """Brings the record and the directory of a continued run to where it begins."""
         if not (run.former and run.writes):
@@ -192,7 +221,15 @@ class Start:
             print(f"{key}={shown(new)}: the continued run had {shown(old)} (resume_changes=accept)")
         run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None, changed)
         where = f"from {self.checkpoint.name}" if self.checkpoint else "from its start, for it has no checkpoint"
-        print(f"continues the {run.former['status']} run {short(run.directory)} {where}")
+        then, now = (processes(record["config"]) for record in (run.former, run.record))
+        among = "" if then == now else f", in {some(now, 'process')} where it had {then}"
+        print(f"continues the {run.former['status']} run {short(run.directory)} {where}{among}")
+
+
+def processes(config: dict[str, Any]) -> int:
+    """How many processes a run has; one from before there could be several has one."""
+    hardware = config.get("hardware", {})
+    return hardware.get("nodes", 1) * hardware.get("processes", 1)  # type: ignore[no-any-return]
 
 
 def best_damaged(checkpoint: Path) -> str:

@@ -38,7 +38,7 @@ UNFINISHED_MODEL = "unfinished-model"  # a final model that is being written, or
 # What of a record stays when its run is continued.
 STAYS = ("start", "metrics", "samples", "fingerprints", "resumed", "steps", "max_steps", "paused", "perf")
 LOG = "log.txt"  # what a trial of a sweep prints
-RANKS = "ranks"  # logs of the processes that share a run, and what they were given
+RANKS, GIVEN = "ranks", "given.json"  # logs of the processes that share a run, and what they were given
 LOCK = ".lock"  # held by the process of a run, for as long as the run is its own
 WRITTEN = ("run.json", "metrics.jsonl", "report.md", "curves.png", "traceback.txt", LOCK)
 DIRECTORY = "${hydra:runtime.output_dir}"  # in a config, where its run is kept
@@ -51,9 +51,26 @@ NOT_IDENTITY = (
     "callbacks.progress",
     "check",
     "data.workers",
+    "hardware.rendezvous",
     "resume",
     "resume_changes",
     "pause_at",
+)
+# How a machine divides the batches of an experiment that says what an update sees (global_batch_size).
+DIVISION = (
+    "hardware",
+    "trainer.args.per_device_train_batch_size",
+    "trainer.args.gradient_accumulation_steps",
+    "trainer.args.per_device_eval_batch_size",  # whose means are averaged
+    "trainer.args.precompute_ref_log_probs",
+    "trainer.args.fsdp",
+    "trainer.args.fsdp_config",
+    "trainer.args.ddp_backend",
+    "trainer.args.ddp_timeout",
+    "trainer.args.ddp_find_unused_parameters",
+    "trainer.args.ddp_bucket_cap_mb",
+    "trainer.args.ddp_broadcast_buffers",
+    "trainer.args.ddp_static_graph",
 )
 
 
@@ -109,6 +126,7 @@ class Run:
     """
 
     writes = True
+    begins: Any = None  # where, if that was decided by another process
 
     def __init__(
         self,
@@ -292,13 +310,14 @@ def now() -> str:
 def config_hash(config: dict, parent: dict[str, str] | None, directory: Path | None = None) -> str:
     """Names the experiment: the same for the same resolved config, wherever it is kept and whoever watches.
 
-    A run that starts from another is named by that one's hash, not by the directory it happens to be in. `directory` is
-    the run's own, where the config knows it already.
+    Where the config says what an update sees, the machine that divides it is not the experiment. A run that starts from
+    another is named by that one's hash, not by the directory it happens to be in. `directory` is the run's own, where
+    the config knows it already.
     """
     kept = copy.deepcopy(config)
     if parent is not None:
         kept["model"]["from_run"] = parent["config_hash"]
-    for key in NOT_IDENTITY:
+    for key in NOT_IDENTITY if kept.get("global_batch_size") is None else NOT_IDENTITY + DIVISION:
         *parents, last = key.split(".")
         functools.reduce(dict.__getitem__, parents, kept).pop(last, None)
     text = json.dumps(kept, sort_keys=True)

@@ -23,6 +23,9 @@ def main(cfg: DictConfig) -> float:
     parent = resume.pin_parent(cfg)
     if ranks.inside():
         raise ConfigError("WORLD_SIZE: several processes were started already; hardware.processes=2 starts them itself")
+    ranks.refuse_elsewhere(cfg.hardware)
+    if ranks.world(cfg.hardware) > 1:
+        ranks.warm_up()
     hydra = HydraConfig.get()
     directory = Path(hydra.runtime.output_dir)
     if (directory / "run.json").exists() and directory.resolve() not in runs.CLAIMED:
@@ -55,23 +58,26 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     found.refuse()
     chat, data = found.chat, found.data
     learned = report.rows(data, chat.tokenizer)
+    ranks.refuse_other_rows(run, learned["fingerprints"])
     run.note(**learned, perf=found.choices.record, warnings=remarks(cfg, found))
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
-    if cfg.hardware.processes > 1 and not ranks.inside():
-        ranks.start(run, cfg.hardware.processes)
-        return
     resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])
-    start = resume.Start.of(run, cfg.resume_changes, found.steps)
+    start = run.begins or resume.Start.of(run, cfg.resume_changes, found.steps)
+    if ranks.world(cfg.hardware) > 1 and not ranks.inside():
+        ranks.start(run, cfg.hardware, start)
+        return
     report.data(run)
     with refusing("callbacks"):
         callbacks = [Metrics(), *(c for c in instantiate(cfg.callbacks).values() if c is not None)]
     # transformers' TensorBoard callback opens its file at the first evaluation, before it has read output_dir.
     os.environ["TENSORBOARD_LOGGING_DIR"] = str(run.directory)
     trainer = build(cfg, found, callbacks)
+    ranks.refuse_another_size(trainer.args.world_size, cfg.hardware)
     keep_memory(trainer.args.device)
     finite, saving = watch(trainer, run, start.checkpoint, cfg.pause_at)
     model = {"model": report.fingerprint(trainer.model)}
+    ranks.refuse_other_model(model["model"])
     resume.refuse_other(run, cfg.resume_changes, model)
     trainer.accelerator.wait_for_everyone()
     start.go_back(run)
@@ -102,8 +108,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
         run.note(paused=run.record["paused"] | {str(step): after[cfg.objective]})
         raise runs.Interrupted(f"paused at step {step} (pause_at={cfg.pause_at})")
     finite.look_at_weights(trainer.state.global_step)
-    if run.writes:
-        save(trainer, run.directory / "model")
+    save(trainer, run.directory / "model", run.writes)
     if found.streamed:  # what became of its rows is known only now
         run.note(**report.rows(data, chat.tokenizer))
         report.data(run)
@@ -125,13 +130,14 @@ def watch(trainer: Any, run: runs.Run, checkpoint: Path | None, pause_at: int | 
     return finite, saving
 
 
-def save(trainer: Any, folder: Path) -> None:
-    """Writes the final model, which is there whole or not at all."""
+def save(trainer: Any, folder: Path, writes: bool) -> None:
+    """Writes the final model, which is there whole or not at all. Of several processes one does, by help of all."""
     unfinished = folder.with_name(runs.UNFINISHED_MODEL)
-    for left in (unfinished, folder):  # by a life that ended before the record said completed
+    for left in (unfinished, folder) if writes else ():  # by a life that ended before the record said completed
         shutil.rmtree(left, ignore_errors=True)
     trainer.save_model(str(unfinished))
-    unfinished.rename(folder)
+    if writes:
+        unfinished.rename(folder)
 
 
 def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:

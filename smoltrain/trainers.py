@@ -1,15 +1,20 @@
 """What TRL's trainers lack: taking rows that are tokens already, telling how a step went, weighing what is learned."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import optimizer as accelerated
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
+from smoltrain import fsdp
 from smoltrain.config import ConfigError
 from smoltrain.data.cache import alone
+
+# It looks through all folders of packages for an optimizer that few have, twice in each step.
+accelerated.is_lomo_available = cache(accelerated.is_lomo_available)
 
 
 def given_tokens(trainer: partial) -> partial:
@@ -56,6 +61,16 @@ def watched(trainer: partial) -> partial:
         flops_a_token: int | None = None
         before_best: Callable[[Path], None]
 
+        def create_accelerator_and_postprocess(self) -> None:
+            if self.args.ddp_find_unused_parameters is None:
+                # Only of a mixture of experts a step leaves weights out; upstream looks for them at each step of any.
+                experts = hasattr(self.model.config.get_text_config(), "output_router_logits")
+                self.args.ddp_find_unused_parameters = experts
+            if self.args.fsdp:
+                fsdp.settle(self.args)
+            super().create_accelerator_and_postprocess()
+            assert self.is_fsdp_enabled == bool(self.args.fsdp), "weights are not shared out"
+
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
             if self.ended or self.state.global_step >= self.state.max_steps:
                 self.control.should_training_stop = True
@@ -69,6 +84,42 @@ def watched(trainer: partial) -> partial:
                 model._is_accelerate_prepared = False
             return super()._wrap_model(model, training=training, **kwargs)
 
+        def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.is_fsdp_enabled:
+                return super().evaluation_loop(*args, **kwargs)
+            with fsdp.shared_out(self):
+                return super().evaluation_loop(*args, **kwargs)
+
+        def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+            if not self.is_fsdp_enabled:
+                return super()._prepare_for_training(*args, **kwargs)
+            with fsdp.shared_out(self):
+                return super()._prepare_for_training(*args, **kwargs)
+
+        def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+            if state_dict is not None:  # gathered from where it is shared out: what is tied is in it twice
+                tied = self.model.all_tied_weights_keys
+                state_dict = {name: weight for name, weight in state_dict.items() if name not in tied}
+            super()._save(output_dir, state_dict)
+
+        def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+            if self.is_fsdp_enabled:
+                fsdp.save_optimizer(self, output_dir)
+            else:
+                super()._save_optimizer_and_scheduler(output_dir)
+
+        def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+            if self.is_fsdp_enabled and checkpoint is not None:
+                fsdp.load_optimizer(self, checkpoint)
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
+
+        def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+            if self.is_fsdp_enabled:
+                self._issue_warnings_after_load(fsdp.load_weights(self, Path(resume_from_checkpoint)))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
+
         def _issue_warnings_after_load(self, loaded: Any) -> None:
             tied = set(self.model.all_tied_weights_keys)  # which one file holds once
             if wrong := (set(loaded.missing_keys) - tied) | set(loaded.unexpected_keys):
@@ -78,7 +129,10 @@ def watched(trainer: partial) -> partial:
 
         def _load_best_model(self) -> None:
             self.before_best(Path(self.state.best_model_checkpoint))
-            super()._load_best_model()
+            if self.is_fsdp_enabled:
+                self._issue_warnings_after_load(fsdp.load_weights(self, Path(self.state.best_model_checkpoint)))
+            else:
+                super()._load_best_model()
 
         def floating_point_ops(self, inputs: Any) -> int:
             if self.flops_a_token is None:  # upstream counts all weights again at each step

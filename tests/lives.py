@@ -169,7 +169,7 @@ def everything() -> None:
         pkgutil.resolve_name(name)
     pkgutil.resolve_name("transformers.conversion_mapping.get_checkpoint_conversion_mapping")("")  # 0.1 s, and kept
     for module in pkgutil.walk_packages(smoltrain.__path__, "smoltrain."):
-        if not module.name.endswith(".__main__"):
+        if not module.name.endswith((".__main__", ".warm")):  # which makes a process one that ranks are forked from
             importlib.import_module(module.name)
 
 

@@ -20,7 +20,9 @@ SlurmdUser=root
 SlurmctldPort=$((20000 + $$ % 20000))
 SlurmdPort=$((20001 + $$ % 20000))
 AuthType=auth/munge
-AuthInfo=socket=$folder/munge/socket
+AuthInfo=socket=$folder/munge/socket,cred_expire=5
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -41,7 +43,8 @@ SlurmdPidFile=$folder/slurmd.pid
 SlurmctldLogFile=$folder/slurmctld.log
 SlurmdLogFile=$folder/slurmd.log
 NodeName=$(hostname) NodeAddr=127.0.0.1 CPUs=2 State=UNKNOWN
-PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9
 EOF
     export SLURM_CONF=$folder/slurm.conf
     slurmctld

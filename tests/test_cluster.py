@@ -131,6 +131,68 @@ def test_on_ray_a_sweep_comes_to_what_it_comes_to_here(sweep, folder, here):
     assert "completed" in done.stdout and "seed 3 is a bad one" in done.stdout
 
 
+RUN = ("--allow", "parts", "callbacks.trouble={_target_: parts.Trouble}", "data.train_rows=64", "data.test_rows=8")
+RUN += ("evaluation.max_rows=0", "tracking=none", "trainer.args.logging_steps=1", "trainer.args.max_steps=30", "seed=1")
+RUN += ("hardware.slurm.gpus_per_node=null", "trainer.args.use_cpu=true", "trainer.args.bf16=false")
+RUN += ("trainer.args.per_device_train_batch_size=2",)
+DDP = ("hardware=slurm_ddp", "global_batch_size=4", "hardware.processes=2", "hardware.slurm.cpus_per_task=2", *RUN)
+
+
+SHOWN = ("hardware.slurm.dry_run=true", "resume=never")
+
+
+def jobs() -> list[str]:
+    return sorted(queued() or {})
+
+
+def test_a_job_that_is_preempted_is_queued_again_and_goes_on_with_the_same_run(slurm, forked, folder):
+    (folder / "parts.py").write_text(PART)
+    (folder / "slow").touch()
+    life = forked(*DDP)
+    life.until("step 3/30")
+    subprocess.run(
+        ["sbatch", "--parsable", "--partition=urgent", "--cpus-per-task=2", "--output=/dev/null", "--wrap=rm slow"],
+        check=True,
+        capture_output=True,
+    )
+    assert life.wait() == 0, life.stdout + life.stderr
+    (file,) = (folder / "multirun").glob("*/*/run.json")
+    record = json.loads(file.read_text())
+    assert record["status"] == "completed" and [again["step"] >= 3 for again in record["resumed"]] == [True]
+    assert "saving after this step" in life.stdout and "continues the preempted run" in life.stdout
+    assert "step 30/30" in life.stdout
+
+
+def test_a_job_is_shown_by_a_dry_run_which_sbatch_takes_as_it_is_and_a_signal_cancels_it(slurm, forked, folder):
+    (folder / "parts.py").write_text(PART)
+    shown = forked("hardware=slurm", *RUN, "trainer.args.max_steps=2", "hardware.slurm.dry_run=true")
+    assert shown.wait() == 0 and not jobs()
+    told = subprocess.run(["sbatch", "--parsable"], input=shown.stdout, capture_output=True, text=True, check=True)
+    until(lambda: not jobs())
+    ended = folder / f"multirun/default/slurm-{told.stdout.strip()}.code"
+    assert ended.read_text() == "0\n", ended.with_suffix(".log").read_text()
+    (folder / "slow").touch()
+    life = forked("hardware=slurm", *RUN)
+    life.until("step 3/30")
+    life.kill(15)
+    assert life.wait() == 143 and not jobs(), life.stdout + life.stderr
+    records = [json.loads(file.read_text())["status"] for file in (folder / "multirun").glob("*/*/run.json")]
+    assert sorted(records) == ["completed", "preempted"]
+
+
+def test_what_slurm_refuses_and_what_it_lacks_is_said(slurm, monkeypatch, capsys, folder):
+    monkeypatch.setenv("PATH", PATH)
+    assert main(["hardware=slurm", "hardware.slurm.partition=none"]) == 2
+    assert "Slurm refuses the job" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(folder))
+    assert main(["hardware=slurm"]) == 2
+    assert "there is no sbatch here" in capsys.readouterr().err
+    assert main(["hardware=slurm_ddp", "hardware.nodes=2", "global_batch_size=64", *SHOWN]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --nodes=2" in script and "#SBATCH --gpus-per-node=8" in script and "rendezvous=$node" in script
+    assert "${SLURM_RESTART_COUNT:+resume=auto}" in script and "dry_run" not in script
+
+
 @pytest.mark.torture
 def test_jobs_of_a_sweep_that_is_killed_go_on_and_the_same_sweep_waits_for_them(slurm, sweep, folder):
     (folder / "slow").touch()

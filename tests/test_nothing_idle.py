@@ -201,8 +201,8 @@ def traced(smoltrain, folder, monkeypatch):
 
 QUICK = ("trainer.args.max_steps=1", "evaluation.max_rows=2", "evaluation.max_new_tokens=2")
 FEW = ("data.train_rows=16", "data.test_rows=4")
-# perf=auto reads the one, `smoltrain check` the other: see below.
-OTHERS = ["global_batch_size", "check.step"]
+# perf=auto reads the first, several nodes the second (test_nodes), `smoltrain check` the third: see below.
+OTHERS = ["global_batch_size", "hardware.rendezvous", "check.step"]
 
 RUNS = {
     "sft": FEW,
@@ -238,7 +238,7 @@ def test_what_only_a_check_reads_is_read_there(folder):
 
 
 def test_what_is_left_to_the_machine_is_read(traced):
-    assert traced("perf=auto", *FEW).unread() == ["check.step"]
+    assert traced("perf=auto", *FEW).unread() == OTHERS[1:]
 
 
 def test_a_key_that_nothing_reads_is_found(traced, folder, monkeypatch):
@@ -248,7 +248,7 @@ def test_a_key_that_nothing_reads_is_found(traced, folder, monkeypatch):
     monkeypatch.setattr("smoltrain.__main__.CONF", conf)
     base = conf / "trainer" / "base.yaml"
     base.write_text(base.read_text() + "  trackio_space_id: somewhere\n")
-    assert traced("tracking=none", *FEW).unread() == [OTHERS[0], "trainer.args.trackio_space_id", OTHERS[1]]
+    assert traced("tracking=none", *FEW).unread() == [OTHERS[0], "trainer.args.trackio_space_id", *OTHERS[1:]]
 
 
 @dataclass

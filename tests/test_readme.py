@@ -33,6 +33,7 @@ BEYOND = [c for c in COMMANDS if any(a.startswith("hydra/launcher=") for a in c)
 SEARCH = [c for c in COMMANDS if any(a.startswith("sweep=") for a in c)]
 RUN = [c for c in COMMANDS if c[:1] not in VERBS and "--cfg" not in c and c not in [*GO_ON, *SEARCH, *BEYOND]]
 CHECK = [c for c in COMMANDS if c[:1] == ["check"]]
+CLUSTER = [c for c in CELLS if any(a.startswith(("hardware=", "hydra/launcher=")) for a in c)]
 LOOK = [c for c in [*COMMANDS, *CELLS] if c[:1] in (["--help"], *EXPLAIN) or "--cfg" in c]
 
 
@@ -75,6 +76,15 @@ def test_a_training_command_trains(newcomer, smoltrain, command):
     code = main([*flags, *folder, *given, *quick, *small])
     assert code == 0
     assert len(list(newcomer.glob("multirun/**/run.json"))) >= (4 if flags else 1)
+
+
+@pytest.mark.parametrize("command", CLUSTER, ids=" ".join)
+def test_a_command_for_other_machines_composes(monkeypatch, command):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7")
+    monkeypatch.setattr("smoltrain.config.resolvers.accelerator", lambda: "cuda")
+    cfg = compose([a for a in command if a != "-m" and "," not in a], command)
+    assert {a.partition("=")[0] for a in command} & {"hardware", "hydra/launcher"}
+    assert cfg.hardware.processes in (1, 2, 8)
 
 
 @pytest.mark.parametrize("command", SEARCH, ids=" ".join)
@@ -196,7 +206,7 @@ def test_a_looking_command_looks(capsys, command):
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in CELLS if c not in LOOK and c != ["launch"] and c != ["dashboard"]], ids=" ".join
+    "command", [c for c in CELLS if c not in [*LOOK, *CLUSTER, ["launch"], ["dashboard"]]], ids=" ".join
 )
 def test_a_command_in_a_table_composes(command):
     overrides = [a for a in command if "=" in a and a != "install=bash" and a != "-m"]

@@ -316,6 +316,7 @@ def test_the_directory_of_a_run_is_no_part_of_what_it_is():
         "model": {},
         "callbacks": {"own": {"file": "/runs/a/own.txt"}},
         "data": {},
+        "hardware": {},
     }
     other = json.loads(json.dumps(config).replace("/runs/a", "${hydra:runtime.output_dir}"))
     assert config_hash(config, None, Path("/runs/a")) == config_hash(other, None)

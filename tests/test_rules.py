@@ -190,7 +190,22 @@ BROKEN = [  # a command line, and what is said of it
     (["global_batch_size=0"], "global_batch_size=0: at least 1"),
     (["hardware.processes=0"], "hardware.processes=0: at least 1"),
     (["hardware.processes=99", "trainer.args.use_cpu=false"], "hardware.processes=99: more than the .* accelerators"),
-    (["hardware=ddp", "hardware.processes=3"], "global_batch_size=16: 3 processes of 4 rows.*nearest are 12 and 24"),
+    (
+        ["hardware=ddp", "hardware.processes=3"],
+        "global_batch_size=16: 3 processes share a multiple of 3 rows.*are 15 and 18",
+    ),
+    (["hardware=ddp", "hardware.nodes=2"], "hardware.rendezvous=null: say where the nodes meet, host:port"),
+    (
+        ["hardware=fsdp", "hardware.processes=2", "trainer.args.fsdp_config.reshard_after_foward=false"],
+        "of its keys version, auto_wrap_policy, .*reshard_after_forward",
+    ),
+    (["hardware=fsdp", "hardware.processes=2", "trainer.args.fsdp_config.version=1"], "with version 2"),
+    (
+        ["trainer=dpo", "hardware=fsdp", "hardware.processes=2", "trainer.args.sync_ref_model=true"],
+        "sync_ref_model=true: a reference that moves is not saved where weights are shared out",
+    ),
+    (["hardware=slurm", "pause_at=5"], "pause_at=5: a job of Slurm that is not at its end is queued again"),
+    (["hardware.processes=2"], "global_batch_size=null: 2 processes would see as many times the rows"),
     (["perf=auto", "hardware.processes=3"], "global_batch_size=16: has to be a multiple of 3"),
     (
         ["hardware=ddp", "hardware.processes=2", "trainer.args.gradient_accumulation_steps=1"],
@@ -292,6 +307,12 @@ def test_a_wrong_seed_is_told_once():
 # ---------------------------------------------------------------- without effect
 
 IDLE = [
+    (["hardware.rendezvous=node-1:29500"], "hardware.rendezvous=node-1:29500 has no effect here; it needs"),
+    (["trainer.args.fsdp=true"], "trainer.args.fsdp=true has no effect here; it needs hardware.processes=2"),
+    (
+        ["trainer.args.fsdp_config={version: 2}"],
+        "trainer.args.fsdp_config has no effect here; it needs trainer.args.fsdp=true",
+    ),
     (["trainer.args.ddp_timeout=5"], "trainer.args.ddp_timeout=5 has no effect here; it needs hardware.processes=2"),
     (
         ["trainer.args.eval_steps=5"],
@@ -569,7 +590,13 @@ def test_rows_beyond_the_models_positions_stop_the_run(smoltrain, folder, capsys
 def test_the_tables_name_what_there_is():
     keys = [key for table in (RANGES, NEEDS, NEVER, TOKENIZING) for row in table for key in row[0].split()]
     keys += [key for key, _, _ in WRONG if "." not in key]
-    assert {key for key in keys if "." not in key} - ALL <= {"seed", "threads", "objective", "global_batch_size"}
+    assert {key for key in keys if "." not in key} - ALL <= {
+        "seed",
+        "threads",
+        "objective",
+        "global_batch_size",
+        "pause_at",
+    }
 
 
 def test_every_field_of_a_loss_is_needed_where_trl_reads_it():

@@ -122,7 +122,10 @@ def test_the_trainers_arguments_are_built_with_every_configured_value(choice):
     for key, value in OmegaConf.to_container(args, resolve=True).items():
         if key != "_target_":
             as_kept = {"report_to": [] if value == "none" else [value], "loss_type": [value]}  # lists in TRL
-            assert getattr(built, key) in (value, as_kept.get(key, value)), key
+            kept = getattr(built, key)
+            if isinstance(value, dict):  # to which defaults are added
+                kept = {name: kept[name] for name in value}
+            assert kept in (value, as_kept.get(key, value)), key
 
 
 def test_lora_is_a_lora_config_of_the_promised_size():

@@ -47,12 +47,27 @@ def accelerators() -> int:
     return len([*Path("/dev").glob("nvidia[0-9]*")])
 
 
+def at_once(most: int, _root_: DictConfig) -> int | str:
+    """How many rows each process takes forward: a divisor of its share of the global batch, at most so many."""
+    batch, processes, nodes = _root_.global_batch_size, _root_.hardware.processes, _root_.hardware.nodes
+    if not all(type(number) is int and number > 0 for number in (batch, processes, nodes)):
+        return "auto"  # where it may not be that, the rules say so
+    share, left = divmod(batch, processes * nodes)
+    return 1 if left else max(rows for rows in range(1, most + 1) if share % rows == 0)
+
+
+def several(_root_: DictConfig) -> bool:
+    """Whether a run has more than one process."""
+    return bool(_root_.hardware.processes != 1 or _root_.hardware.nodes != 1)
+
+
 def accumulation(_parent_: DictConfig, _root_: DictConfig) -> int | str:
     """How many passes of all processes an update needs; what does not divide, the rules refuse."""
     rows, batch, processes = _parent_.per_device_train_batch_size, _root_.global_batch_size, _root_.hardware.processes
-    if not all(type(number) is int for number in (rows, batch, processes)):
-        return "auto"  # where it may not be that, the rules say so
-    return max(batch // max(rows * processes, 1), 1)
+    nodes = _root_.hardware.nodes
+    if not all(type(number) is int for number in (rows, batch, processes, nodes)):
+        return "auto"
+    return max(batch // max(rows * processes * nodes, 1), 1)
 
 
 def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
@@ -60,7 +75,7 @@ def reference_ahead(_parent_: DictConfig, _root_: DictConfig) -> bool:
 
     It does where every row is learned from, by one process; it cannot be done for a stream or a reference that moves.
     """
-    if _root_.hardware.processes != 1:
+    if several(_root_):
         return False
     data = plain(_root_.data) if OmegaConf.is_dict(_root_.data) else {}
     streamed = any(key.rpartition(".")[2] == "streaming" and value for key, value in leaves(data))
@@ -78,6 +93,8 @@ def register() -> None:
     OmegaConf.register_new_resolver("stamp", stamp, replace=True)
     OmegaConf.register_new_resolver("label", label, replace=True)
     OmegaConf.register_new_resolver("accelerators", lambda: max(accelerators(), 1), replace=True)
+    OmegaConf.register_new_resolver("at_once", at_once, replace=True)
+    OmegaConf.register_new_resolver("several", several, replace=True)
     OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("reference_ahead", reference_ahead, replace=True)
     OmegaConf.register_new_resolver("accelerator_is", lambda kind: accelerator() == kind, replace=True)

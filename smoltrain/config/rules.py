@@ -9,6 +9,7 @@ that class where nobody set it. What upstream would refuse once the model is loa
 import ast
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -305,17 +306,56 @@ class Run:
         return bool(self.passes) and "auto" not in self.passes
 
     @property
-    def processes(self) -> int:
-        """The processes of the run."""
+    def on_a_node(self) -> int:
+        """The processes of the run on each of its nodes."""
         found = (self.cfg.get("hardware") or {}).get("processes", 1)
         return found if type(found) is int else 1
 
     @property
+    def nodes(self) -> int:
+        """The machines of the run."""
+        found = (self.cfg.get("hardware") or {}).get("nodes", 1)
+        return found if type(found) is int else 1
+
+    @property
+    def fsdp_config(self) -> dict[str, Any]:
+        """How weights are shared out; a file of somebody's, which this does not read, is none of ours to judge."""
+        found = self.args.get("fsdp_config")
+        return found if isinstance(found, dict) else {} if found is None else {str(found): None}
+
+    @property
+    def sharing(self) -> str:
+        """The keys of trainer.args.fsdp_config that checkpoints are sound with, whatever they are set to."""
+        return ", ".join(SHARING)
+
+    @property
+    def rendezvous(self) -> Any:
+        """Where they meet."""
+        return (self.cfg.get("hardware") or {}).get("rendezvous")
+
+    @property
+    def slurm(self) -> str:
+        """Where the nodes of a job of Slurm meet, which its script says; empty where it is none."""
+        return "node:1" if (self.cfg.get("hardware") or {}).get("slurm") else ""
+
+    @property
+    def processes(self) -> int:
+        """The processes of the run, on all its nodes."""
+        return self.on_a_node * self.nodes
+
+    @property
     def accelerators(self) -> int:
-        """How many there are for them."""
+        """How many there are for them; on the machines of Slurm, as many as are asked for."""
+        if self.slurm:
+            return self.on_a_node
         from smoltrain.config.resolvers import accelerators  # which imports Hydra; Tab reads rules too
 
         return accelerators()
+
+    @property
+    def cores(self) -> int | None:
+        """Those of this machine."""
+        return os.cpu_count()
 
     @property
     def at_once(self) -> int:
@@ -387,6 +427,9 @@ Condition = Callable[[Run], Any]
 
 
 INF = math.inf
+# Of FSDP2, what decides how weights are shared out, and not what a checkpoint of them is.
+SHARING: tuple[str, ...] = ("version", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params")
+SHARING += ("reshard_after_forward", "activation_checkpointing")
 
 
 def steps(n: float) -> bool:
@@ -395,7 +438,7 @@ def steps(n: float) -> bool:
 
 RANGES: tuple[tuple[str, Callable[[float], bool], str], ...] = (
     ("max_length per_device_train_batch_size per_device_eval_batch_size", lambda n: n >= 1, "at least 1"),
-    ("global_batch_size hardware.processes", lambda n: n >= 1, "at least 1"),
+    ("global_batch_size hardware.processes hardware.nodes", lambda n: n >= 1, "at least 1"),
     ("gradient_accumulation_steps precompute_ref_batch_size ref_model_sync_steps", lambda n: n >= 1, "at least 1"),
     ("torch_empty_cache_steps pad_to_multiple_of dataloader_prefetch_factor", lambda n: n >= 1, "at least 1"),
     ("evaluation.max_new_tokens trainer.peft_config.r", lambda n: n >= 1, "at least 1"),
@@ -466,11 +509,22 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
     # lengths and batches
     ("global_batch_size", lambda run: run.batch is None and "auto" in run.passes,
      "perf=auto divides it into passes; say how many rows an update sees, as global_batch_size=16"),
-    ("hardware.processes", lambda run: run.processes > 1 and not run.use_cpu and run.processes > run.accelerators,
+    ("hardware.processes", lambda run: run.processes > 1 and not run.use_cpu and run.on_a_node > run.accelerators,
      "more than the {run.accelerators} accelerators here; with trainer.args.use_cpu=true they share the processor"),
+    ("hardware.rendezvous", lambda run: run.nodes > 1 and not re.fullmatch(r".+:\d+", str(run.rendezvous or run.slurm)),
+     "say where the nodes meet, host:port of one of them, as node-1:29500; each runs the same command"),
+    ("pause_at", lambda run: run.cfg.get("pause_at") is not None and run.slurm,
+     "a job of Slurm that is not at its end is queued again; leave one of the two out"),
+    ("fsdp_config", lambda run: {*run.fsdp_config} - {*SHARING} or run.fsdp_config.get("version", 2) != 2,
+     "of its keys {run.sharing} are known here, with version 2"),
+    ("sync_ref_model", lambda run: run.args.get("sync_ref_model") and run.args.get("fsdp"),
+     "a reference that moves is not saved where weights are shared out; set hardware=ddp"),
+    ("global_batch_size", lambda run: run.batch is None and run.processes > 1,
+     "{run.processes} processes would see as many times the rows in an update as one does; say how many, as "
+     "global_batch_size=16, or choose hardware=ddp, which does"),
     ("global_batch_size", lambda run: run.indivisible,
-     "{run.processes} processes of {run.passes[0]} rows at once see a multiple of {run.at_once}; the nearest are "
-     "{run.nearest}, or set trainer.args.per_device_train_batch_size"),
+     "{run.processes} processes share a multiple of {run.at_once} rows; the nearest are {run.nearest}, or choose "
+     "another hardware.processes or trainer.args.per_device_train_batch_size"),
     ("global_batch_size", lambda run: run.batch and run.whole and not run.indivisible
      and run.processes > 0 and math.prod(run.passes) * run.processes != run.batch,
      "an update sees {run.seen} rows; leave one of the two to it, as trainer.args.gradient_accumulation_steps=auto"),
@@ -624,7 +678,7 @@ NEVER: tuple[tuple[str, str], ...] = (
      "an evaluation keeps no predictions"),
     ("label_names use_cache length_column_name",
      "TRL never reads it"),
-    ("fsdp fsdp_config parallelism_config local_rank eval_use_gather_object average_tokens_across_devices",
+    ("parallelism_config local_rank eval_use_gather_object average_tokens_across_devices",
      "the processes of a run are started and share its batches by hardware.processes"),
     ("log_on_each_node log_level_replica save_on_each_node trainer.args.accelerator_config.split_batches",
      "all processes of a run share one folder, and the first of them writes"),
@@ -720,6 +774,9 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
     ("liger_kernel_config", lambda run: run.use_liger_kernel, "trainer.args.use_liger_kernel=true"),
     ("ddp_backend ddp_timeout ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph",
      lambda run: run.processes > 1, "hardware.processes=2 or more"),
+    ("fsdp", lambda run: run.processes > 1, "hardware.processes=2 or more; one process has all weights, hardware=gpu"),
+    ("fsdp_config", lambda run: run.args.get("fsdp"), "trainer.args.fsdp=true"),
+    ("hardware.rendezvous", lambda run: run.nodes > 1, "hardware.nodes=2 or more"),
     ("torch_empty_cache_steps", lambda run: not run.use_cpu, "a GPU, and trainer.args.use_cpu is true"),
 )
 
@@ -740,6 +797,8 @@ ODD: tuple[tuple[str, Condition, str], ...] = (
      "the model was made for {run.positions} tokens; a longer row stops the run"),
     ("model.dtype", lambda run: run.dtype in ("bfloat16", "float16") and not run.adapter,
      "weights of 16 bits lose small updates; float32 with trainer.args.bf16=true computes as fast and keeps them"),
+    ("hardware.processes", lambda run: run.use_cpu and run.on_a_node > (os.cpu_count() or 1),
+     "more than the {run.cores} cores here, which they take turns on"),
     ("callbacks.{run.stopper}", lambda run: run.stopper and not run.load_best_model_at_end,
      "the model that is kept is the last, not the best; trainer.args.load_best_model_at_end=true keeps that"),
 )
@@ -857,7 +916,7 @@ def lacks(condition: Condition, run: Run) -> bool:
 
 def full(key: str) -> str:
     """`beta` is short for `trainer.args.beta`."""
-    return key if "." in key or key in ("seed", "threads", "objective", "global_batch_size") else ARGS + key
+    return key if "." in key or key in ("seed", "threads", "objective", "global_batch_size", "pause_at") else ARGS + key
 
 
 def named(key: str, run: Run) -> str:

@@ -18,6 +18,9 @@ class Check:
 @dataclass
 class Hardware:
     processes: int
+    nodes: int
+    rendezvous: str | None
+    slurm: dict[str, Any] | None
 
 
 @dataclass

@@ -60,6 +60,7 @@ AUTO = "transformers.models.auto.*.Auto*.from_pretrained"
 DATA = Kind("a source of rows", SOURCES, examples=SOURCES)
 ENCODER = Kind("what makes rows tokens", ENCODERS, examples=ENCODERS)
 MODEL = Kind("a checkpoint", ("smoltrain.model.Checkpoint",), examples=("smoltrain.model.Checkpoint",))
+SLURM = Kind("a job of Slurm", ("smoltrain.slurm.Job",), examples=("smoltrain.slurm.Job",))
 CALLBACK = Kind(
     "a callback of smoltrain, transformers or TRL",
     CALLBACKS,
@@ -102,6 +103,7 @@ PLACES: tuple[tuple[str, tuple[Kind, ...]], ...] = (
     (r"model", (MODEL,)),
     (r"model\.quantization_config", (QUANTISATION,)),
     (r"callbacks\.[^.]+", (CALLBACK,)),
+    (r"hardware\.slurm", (SLURM,)),
     (r"trainer", (TRAINER,)),
     (r"trainer\.args", (ARGUMENTS,)),
     (r"trainer\.peft_config", (ADAPTER,)),
@@ -138,7 +140,7 @@ PLUMBING: dict[str, tuple[tuple[Any, ...], str]] = {
 # them, or not at all. What is handed over when it is built can be no `_partial_`.
 OURS = re.compile(r"|data(\.sources(\.[^.]+)?)?|encode|model|callbacks|trainer(\.args)?|evaluation|check")
 GIVEN = {"trainer._partial_": True, "trainer._convert_": "all", "data._convert_": "all", "model._convert_": "all"}
-WHOLE = re.compile(r"callbacks\.[^.]+|trainer\.peft_config|model\.quantization_config")
+WHOLE = re.compile(r"hardware\.slurm|callbacks\.[^.]+|trainer\.peft_config|model\.quantization_config")
 
 PER_RUN = re.compile(r"runtime\.choices\.|runtime\.config_sources|overrides\.|searchpath|job\.override_dirname")
 

@@ -28,6 +28,7 @@ from smoltrain.config.resolvers import PLUGIN, label
 from smoltrain.config.validate import resolved
 from smoltrain.history import Found, every, look
 from smoltrain.lines import short
+from smoltrain.ranks import ELSEWHERE
 from smoltrain.sweep import cluster, local, record
 from smoltrain.sweep.search import Proposal, Search, check, search
 from smoltrain.sweep.space import Space, Trial
@@ -403,6 +404,8 @@ def prepared(flags: list[str], overrides: list[str]) -> tuple[list[str], list[st
                 break
     if wrong:
         raise ConfigError("\n".join(dict.fromkeys("\n".join(wrong).splitlines())))
+    if space.first.cfg.hardware.slurm:
+        raise ConfigError(ELSEWHERE)
     Sweeper.space, Sweeper.directory = space, None
     for reference, directory in space.parents.items():
         print(f"model.from_run={reference}: {short(Path(directory))}, for all trials")
