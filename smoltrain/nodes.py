@@ -162,7 +162,7 @@ class Meeting:
 
     @property
     def code(self) -> int:
-        """The exit code of the command on another node than the first: that of the run, 1 where that is not known."""
+        """The exit code of the commands on all nodes: that of the run, 1 where it is not known."""
         return 1 if self.ended is None else self.ended
 
 

@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smoltrain import nodes, resume, runs
 from smoltrain.config import ConfigError
+from smoltrain.config.resolvers import cores
 from smoltrain.endings import DiskFull, OutOfMemory
 
 POLL = 0.05  # seconds between two looks at processes
@@ -139,15 +140,15 @@ def start(run: runs.Run, hardware: DictConfig, begins: resume.Start) -> None:
         run.record = json.loads((run.directory / "run.json").read_text())
     others = [met.of_node(number, hardware.processes) for number in sorted(met.lines)]
     codes = [code for of_node in (own, *others) for code in of_node]
-    for stack in folder.glob("*.stack"):
-        if not stack.stat().st_size:
-            stack.unlink()
     try:
         refuse_failures(folder, codes, interrupt)
     except RankFailed as error:
         if not met.gone:
             raise
         raise RankFailed(f"{' and '.join(met.lines[number].name for number in sorted(met.gone))} is gone") from error
+    finally:
+        for stack in folder.glob("*.stack"):
+            stack.unlink()
 
 
 def help_out(met: nodes.Meeting, processes: int) -> int:
@@ -200,11 +201,6 @@ def environment(met: nodes.Meeting, local: int, processes: int) -> dict[str, str
     given |= {"LOCAL_RANK": local, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": met.address, "MASTER_PORT": met.port}
     given |= nodes.interface(met.address) if met.nodes > 1 else {}
     return {name: str(value) for name, value in given.items()}
-
-
-def cores() -> int:
-    """How many of the machine's this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def signalled(one: BaseProcess, number: signal.Signals) -> None:
@@ -278,7 +274,8 @@ def refuse_failures(folder: Path, codes: list[int | None], interrupt: runs.Inter
 
 def hanging(folder: Path, codes: list[int | None]) -> RankFailed:
     """Names the ranks for which all others have waited in vain, and says where they are."""
-    stacks = {rank: (folder / f"{rank}.stack").read_text() for rank, code in enumerate(codes) if code is None}
+    files = {rank: folder / f"{rank}.stack" for rank, code in enumerate(codes) if code is None}
+    stacks = {rank: file.read_text() if file.exists() else "" for rank, file in files.items()}  # none before it began
     lines = []
     for rank, stack in stacks.items():
         at = FRAME.search(stack)

@@ -46,7 +46,6 @@ def continued(cfg: DictConfig, overrides: list[str]) -> Path | None:
 def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
     """The last run of an experiment below a folder, claimed, where it is neither at its end nor running."""
     parent = pin_parent(cfg)
-    say_nearly(cfg, folder)
     for directory in alike(runs.config_hash(resolved(cfg)[0], parent), folder):
         status = runs.read(directory)["status"]
         if status in runs.UNFINISHED and runs.claim(directory):
@@ -54,6 +53,7 @@ def unfinished(cfg: DictConfig, folder: Path) -> Path | None:
         if status != "running":
             return None
         print(f"{short(directory)}: this experiment is running there; another run of it begins", file=sys.stderr)
+    say_nearly(cfg, folder)
     return None
 
 
@@ -62,7 +62,9 @@ def say_nearly(cfg: DictConfig, folder: Path) -> None:
     last = next(iter(every(folder)), None)
     if last is None or last.record.get("status") not in runs.UNFINISHED:
         return
-    differing = [key for key in changes(last.record["config"], resolved(cfg)[0]) if key not in runs.DIVISION]
+    machine = tuple(f"{key}." for key in runs.DIVISION)
+    now = changes(last.record["config"], resolved(cfg)[0])
+    differing = [key for key in now if not f"{key}.".startswith(machine)]
     then = last.record["config"].get("global_batch_size")
     if differing == ["global_batch_size"]:
         print(
@@ -172,12 +174,14 @@ class Start:
     unfit: dict[Path, str]
 
     @classmethod
-    def of(cls, run: runs.Run, accepts: str, last: int) -> "Start":
+    def of(cls, run: runs.Run, accepts: str, fingerprints: dict[str, Any], last: int) -> "Start":
         """Looks for the checkpoint that a continued run goes on from, and touches nothing. `last` is its last step.
 
-        Raises ConfigError where each that was saved whole is damaged now, unless it `accepts` that; where the best one
-        is; and where the run would be over, by a change, before it goes on.
+        Raises ConfigError where its rows are others now (`fingerprints`), or each checkpoint that was saved whole is
+        damaged, unless it `accepts` that; where the best one is; and where the run would be over, by a change, before
+        it goes on.
         """
+        refuse_other(run, accepts, fingerprints)
         if not run.former:
             return cls(None, {})
         hashes = {run.former["config_hash"], run.record["config_hash"]}

@@ -4,6 +4,7 @@ Of a sweep each trial is a job by `hydra/launcher=slurm` (sweep/cluster.py), by 
 calls. Here the job's script is the command itself: a dry run shows all that there is, and `| sbatch` submits it.
 """
 
+import os
 import shlex
 import shutil
 import subprocess
@@ -19,7 +20,7 @@ from smoltrain.config import ConfigError
 from smoltrain.config.targets import allowed
 from smoltrain.ranks import PATIENCE
 
-EVERY = 2  # seconds between two looks at Slurm's queue, which others ask too
+EVERY = 3  # seconds between two looks at Slurm's queue, which others ask too
 LOST = 1  # the exit code of a job that left none: it was cancelled, or its node died
 SCRIPT = """\
 #!/bin/bash
@@ -93,12 +94,11 @@ class Job:
         if self.dry_run:
             print(script, end="")
             return 0
-        for program in ("sbatch", "squeue", "scancel"):
-            if shutil.which(program) is None:
-                raise ConfigError(
-                    f"hardware.slurm: there is no {program} here; start it where one submits jobs, or see its script "
-                    "with hardware.slurm.dry_run=true"
-                )
+        if program := lacking():
+            raise ConfigError(
+                f"hardware.slurm: there is no {program} here; start it where one submits jobs, or see its script with "
+                "hardware.slurm.dry_run=true"
+            )
         told = subprocess.run(["sbatch", "--parsable"], input=script, capture_output=True, text=True, check=False)
         if told.returncode:
             for left in (folder, runs.ROOT):
@@ -115,13 +115,13 @@ def followed(number: str, log: Path) -> int:
     """Prints what a job prints until it has left the queue; its exit code. A signal cancels it."""
     printed = 0
     try:
-        while state(number) != "":
+        while waits(number):
             printed = show(log, printed)
             time.sleep(EVERY)
     except runs.Interrupted:
         subprocess.run(["scancel", number], check=False)
         last = time.monotonic() + PATIENCE
-        while state(number) != "" and time.monotonic() < last:
+        while waits(number) and time.monotonic() < last:
             printed = show(log, printed)
             time.sleep(EVERY)
         show(log, printed)
@@ -131,13 +131,22 @@ def followed(number: str, log: Path) -> int:
     return int(code.read_text()) if code.exists() else LOST
 
 
-def state(number: str) -> str | None:
-    """What Slurm says of a job; empty once it has left the queue, None where Slurm does not answer."""
-    command = ["squeue", "--noheader", f"--job={number}", "--format=%T"]
+def waits(number: str) -> bool:
+    """Whether a job waits or runs; where Slurm does not answer, it is where it was."""
+    queue = queued()
+    return queue is None or number in queue
+
+
+def queued() -> dict[str, str] | None:
+    """The jobs of this user that wait or run, by their numbers; None where Slurm does not answer."""
+    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
     told = subprocess.run(command, capture_output=True, text=True, check=False)
-    if told.returncode:
-        return "" if "Invalid job id" in told.stderr else None
-    return told.stdout.strip()
+    return None if told.returncode else dict(line.split() for line in told.stdout.splitlines())
+
+
+def lacking() -> str | None:
+    """A program of Slurm that is not on this machine."""
+    return next((name for name in ("sbatch", "srun", "squeue", "scancel") if shutil.which(name) is None), None)
 
 
 def show(log: Path, printed: int) -> int:

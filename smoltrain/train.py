@@ -62,8 +62,7 @@ def train(cfg: DictConfig, run: runs.Run, fresh: bool) -> None:
     run.note(**learned, perf=found.choices.record, warnings=remarks(cfg, found))
     if not (fresh or all_of(run.directory)):
         resume.stop_if_finished(run)
-    resume.refuse_other(run, cfg.resume_changes, learned["fingerprints"])
-    start = run.begins or resume.Start.of(run, cfg.resume_changes, found.steps)
+    start = run.begins or resume.Start.of(run, cfg.resume_changes, learned["fingerprints"], found.steps)
     if ranks.world(cfg.hardware) > 1 and not ranks.inside():
         ranks.start(run, cfg.hardware, start)
         return

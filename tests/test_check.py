@@ -311,6 +311,7 @@ STOPPERS = {
     ),
     "train_on": (["encode.train_on=assistants"], r"encode.train_on=assistants: .*did you mean assistant"),
     "device": (["trainer.args.use_cpu=false"], r"use_cpu=false, and this machine has no accelerator"),
+    "device of a job": (["hardware=slurm"], r"hardware.slurm: this machine has no accelerator; check it where the job"),
     "weights packed": (
         ["encode.train_on=weighted", "trainer.args.packing=true"],
         r"encode.train_on=weighted: the weights need trainer.args.packing=false",

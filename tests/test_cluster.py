@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from smoltrain.__main__ import main
-from smoltrain.sweep.cluster import queued
+from smoltrain.slurm import queued
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 SCRIPT = Path(__file__).with_name("slurm.sh")

@@ -64,32 +64,80 @@ def losses(directory: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(directory) if "loss" in line]
 
 
-def test_on_two_hosts_a_run_takes_the_steps_of_one_process_and_goes_on_in_one(hosts, folder, smoltrain):
-    words = [(*host, *command()) for host in hosts]
-    started = []
-    for number, word in enumerate(words):
-        with (folder / f"log-{number}").open("w") as log:
-            started.append(subprocess.Popen(word, stdout=log, stderr=log))
+@pytest.fixture
+def on_hosts(hosts, folder):
+    """Starts a command on both hosts; what each has said is in `said(number)`."""
+    started: list[subprocess.Popen] = []
+
+    def start(*overrides: str) -> list[subprocess.Popen]:
+        for number, host in enumerate(hosts):
+            with (folder / f"log-{number}").open("w") as log:
+                started.append(subprocess.Popen([*host, *command(*overrides)], stdout=log, stderr=log))
+        return started[-2:]
+
+    yield start
+    for one in started:
+        if one.poll() is None:
+            one.kill()
+            one.wait()
+
+
+def said(number: int) -> str:
+    return Path(f"log-{number}").read_text()
+
+
+def until(step: int, *started: subprocess.Popen) -> None:
     last = time.monotonic() + 120
-    while "step 30/" not in (folder / "log-0").read_text():
-        assert time.monotonic() < last and started[0].poll() is None, (folder / "log-0").read_text()
-        time.sleep(0.1)
-    started[1].send_signal(signal.SIGTERM)  # the other host is to be taken away
-    assert [one.wait(60) for one in started] == [143, 143], [(folder / f"log-{n}").read_text() for n in (0, 1)]
+    while f"step {step}/" not in said(0):
+        assert time.monotonic() < last and all(one.poll() is None for one in started), said(0) + said(1)
+        time.sleep(0.05)
+
+
+def ended(started: list[subprocess.Popen]) -> list[int]:
+    return [one.wait(120) for one in started]
+
+
+def test_on_two_hosts_a_run_takes_the_fifty_steps_of_one_process(on_hosts, folder, smoltrain):
+    assert ended(on_hosts()) == [0, 0], said(0) + said(1)
+    (directory,) = (folder / "multirun").glob("*/*")
+    together = read(directory)
+    assert together["status"] == "completed" and "all 2 nodes are here" in said(0)
+    assert "rows to learn from" in (directory / "ranks" / "1.log").read_text() and str(directory) in said(1)
+    (alone,) = smoltrain(*FEW, "hardware.processes=1", "name=alone", quick=())
+    assert len(losses(directory)) == 50
+    assert losses(directory) == pytest.approx(losses(alone["directory"]), abs=1e-5)
+    assert together["metrics"]["eval_loss"] == pytest.approx(alone["metrics"]["eval_loss"], abs=1e-5)
+    assert ended(on_hosts()) == [0, 0]  # it has completed already, and all nodes hear of it
+
+
+def test_a_signal_to_one_host_stops_both_saved_and_one_process_goes_on(on_hosts, folder, smoltrain):
+    first, other = on_hosts("trainer.args.max_steps=20")
+    until(8, first, other)
+    other.send_signal(signal.SIGTERM)
+    assert ended([first, other]) == [143, 143], said(0) + said(1)
     (directory,) = (folder / "multirun").glob("*/*")
     record = read(directory)
     assert record["status"] == "preempted" and "saved at step" in record["error"]
-    assert "all 2 nodes are here" in (folder / "log-0").read_text()
-    assert "rows to learn from" in (directory / "ranks" / "1.log").read_text()
-    assert smoltrain(*FEW, "hardware.processes=1", quick=()) == []
-    (whole,) = smoltrain(*FEW, "hardware.processes=1", "name=whole", quick=())
+    own = (*FEW, "hardware.processes=1", "trainer.args.max_steps=20")
+    assert smoltrain(*own, quick=()) == []
+    (alone,) = smoltrain(*own, "name=alone", quick=())
     again = read(directory)
-    assert again["status"] == "completed" and again["resumed"][0]["step"] >= 30
-    assert losses(directory) == pytest.approx(losses(whole["directory"]), abs=1e-5)
-    assert again["metrics"]["eval_loss"] == pytest.approx(whole["metrics"]["eval_loss"], abs=1e-5)
+    assert again["status"] == "completed" and again["resumed"][0]["step"] >= 8
+    assert losses(directory) == pytest.approx(losses(alone["directory"]), abs=1e-5)
 
-    finished = [subprocess.Popen([*host, *command()], stdout=subprocess.DEVNULL) for host in hosts]
-    assert [one.wait(120) for one in finished] == [0, 0]  # it has completed already, and all nodes hear of it
+
+def test_a_host_that_is_gone_is_named_on_the_other_and_neither_says_it_succeeded(on_hosts, folder):
+    first, other = on_hosts()
+    until(3, first, other)
+    other.kill()
+    assert ended([first]) == [1] and "is gone" in said(0) and "node 1 (" in said(0) and "Traceback" not in said(0)
+    (directory,) = (folder / "multirun").glob("*/*")
+    assert read(directory)["status"] == "failed" and "node 1" in read(directory)["error"]
+    first, other = on_hosts()
+    until(3, first, other)
+    first.kill()
+    assert ended([other]) == [1] and "node 0 (" in said(1) and "is gone; the same command on all nodes" in said(1)
+    assert read(directory)["status"] == "interrupted"
 
 
 # ---------------------------------------------------------------- what is wrong, in one process

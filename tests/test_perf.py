@@ -71,6 +71,16 @@ def test_rows_at_once_are_a_divisor_of_the_global_batch_with_enough_tokens(monke
     assert pairs["per_device_train_batch_size"] == 4  # of pairs, some 66 tokens each
 
 
+def test_weights_that_are_shared_out_need_a_part_of_their_memory_in_each_process():
+    own = ["perf=auto", *FEW, "hardware.processes=2"]
+    together, apart = (
+        perf.needs(cfg, preflight(cfg), 1, False, 1)
+        for cfg in (resolvable([*own, f"hardware={name}"]) for name in ("ddp", "fsdp"))
+    )
+    assert apart.optimizer == together.optimizer / 2 and apart.weights == together.weights / 2
+    assert apart.activations == together.activations and apart.total < together.total
+
+
 def test_memory_decides_how_many_rows_and_whether_activations_are_kept(monkeypatch):
     cfg = resolvable(["perf=auto", *FEW])
     found = preflight(cfg)

@@ -9,16 +9,20 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import QUICK
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from smoltrain import ranks, resume, runs
+from smoltrain import fsdp, ranks, resume, runs
 from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
+from smoltrain.model import locate
 from smoltrain.runs import read, read_metrics
 
 FEW = ("data.train_rows=400", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none")
@@ -110,6 +114,41 @@ def test_weights_that_are_shared_out_round_what_ddp_rounds_and_answer_what_one_p
     assert answers[0] == answers[1] and answers[0]
 
 
+def test_the_best_model_is_kept_where_weights_are_shared_out(smoltrain):
+    own = (*FEW, "global_batch_size=8", "trainer.args.max_steps=6", "trainer.args.learning_rate=5e-5")
+    own += ("trainer.args.eval_strategy=steps", "trainer.args.eval_steps=2", "trainer.args.save_steps=2")
+    own += ("trainer.args.load_best_model_at_end=true", "trainer.args.metric_for_best_model=eval_loss")
+    own += ("trainer.args.greater_is_better=true", "trainer.args.save_total_limit=4")  # the first one is the best, so
+    weights = []
+    for number, on in enumerate(("1", "fsdp of 2")):
+        (record,) = smoltrain(*own, *MACHINES[on], f"name=best-{number}", quick=())
+        weights.append(load_file(record["directory"] / "model" / "model.safetensors"))
+        saved = load_file(record["directory"] / "checkpoint-2" / "model.safetensors")
+        assert all(torch.equal(weights[-1][name], saved[name]) for name in saved)
+    assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-5) for name in weights[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")  # PEFT's own
+def test_weights_are_found_by_the_names_they_are_saved_under_and_what_is_missing_is_said(folder):
+    config = AutoConfig.from_pretrained(locate("pkg://smoltrain/tiny"), tie_word_embeddings=False)
+    kept = {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"], "use_dora": True}
+    model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**kept))
+    other = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(**kept))
+    model.save_pretrained(folder / "adapter")
+    loaded = fsdp.load_weights(SimpleNamespace(model=other), folder / "adapter")
+    assert loaded.missing_keys == loaded.unexpected_keys == []
+    trained = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    assert any("magnitude" in name for name in trained) and any("modules_to_save" in name for name in trained)
+    ours, theirs = dict(other.named_parameters()), dict(model.named_parameters())
+    assert all(torch.equal(ours[name], theirs[name]) for name in trained)
+    whole = AutoModelForCausalLM.from_config(config)
+    whole.save_pretrained(folder / "whole")
+    file = folder / "whole" / "model.safetensors"
+    save_file({n: w for n, w in load_file(file).items() if "norm" not in n} | {"stray": torch.zeros(1)}, file)
+    loaded = fsdp.load_weights(SimpleNamespace(model=whole), folder / "whole")
+    assert "model.norm.weight" in loaded.missing_keys and loaded.unexpected_keys == ["stray"]
+
+
 PARTS = """
 import json, os, signal, time
 from pathlib import Path
@@ -118,6 +157,9 @@ from transformers import TrainerCallback
 class Fails(TrainerCallback):
     def __init__(self, how: str):
         self.how = how
+        if how == "loads others" and os.environ["RANK"] == "1":
+            from smoltrain import report
+            report.fingerprint = lambda model: "of other weights"
 
     def on_step_end(self, args, state, control, **_):
         if os.environ["RANK"] == "1" and state.global_step == 3:
@@ -162,6 +204,17 @@ def test_the_rank_that_failed_first_is_named(failing, folder, monkeypatch, how, 
     assert record["status"] == "failed" and re.search(said, record["error"])
     if how == "raises":
         assert "my_parts.py" in (directory / "traceback.txt").read_text()
+
+
+def test_weights_that_are_others_in_another_process_are_refused(failing, capsys):
+    assert main(failing("loads others")) == 2
+    assert "model: not the same weights on all nodes" in capsys.readouterr().err
+
+
+def test_another_number_of_processes_than_was_asked_for_is_an_error():
+    ranks.refuse_another_size(4, OmegaConf.create({"nodes": 2, "processes": 2}))
+    with pytest.raises(ranks.RankFailed, match="4 processes were asked for, and 1 train together"):
+        ranks.refuse_another_size(1, OmegaConf.create({"nodes": 2, "processes": 2}))
 
 
 def test_a_signal_stops_all_ranks_in_one_step_and_the_same_command_goes_on(failing, folder, smoltrain):
@@ -250,7 +303,7 @@ def test_weights_stay_whole_where_there_is_one_process(smoltrain):
 
 def test_a_run_that_differs_in_what_an_update_sees_alone_is_named(smoltrain, capsys):
     own = (*FEW, "trainer.args.max_steps=4", "name=same")
-    smoltrain(*own, "hardware=ddp", "hardware.processes=1", "pause_at=2", quick=(), code=143)
+    smoltrain(*own, "hardware=ddp", "hardware.processes=2", "pause_at=2", quick=(), code=143)
     assert len(smoltrain(*own, "hardware=cpu", quick=())) == 1  # another one, and why is said
     assert "says global_batch_size=16; with the same here, this would go on with it" in capsys.readouterr().err
 

@@ -204,6 +204,7 @@ BROKEN = [  # a command line, and what is said of it
         ["trainer=dpo", "hardware=fsdp", "hardware.processes=2", "trainer.args.sync_ref_model=true"],
         "sync_ref_model=true: a reference that moves is not saved where weights are shared out",
     ),
+    (["hardware.slurm.dry_run=true"], "hardware.slurm: it has keys where Slurm starts the run; choose hardware=slurm"),
     (["hardware=slurm", "pause_at=5"], "pause_at=5: a job of Slurm that is not at its end is queued again"),
     (["hardware.processes=2"], "global_batch_size=null: 2 processes would see as many times the rows"),
     (["perf=auto", "hardware.processes=3"], "global_batch_size=16: has to be a multiple of 3"),
@@ -420,6 +421,10 @@ def test_a_file_may_say_what_the_command_line_turns_off(folder):
         (["trainer.args.learning_rate=2e-9"], "learning_rate=2e-09: far from what is usual"),
         (["trainer=dpo", "trainer.args.learning_rate=1e-3"], "usual for preference training of all weights, 1e-08"),
         (["trainer=dpo", *ADAPTER, "trainer.args.learning_rate=2e-3"], "preference training of an adapter"),
+        (
+            ["hardware=ddp", "hardware.processes=64", "global_batch_size=64"],
+            "hardware.processes=64: more than the .* cores",
+        ),
         (["trainer.args.max_length=4096"], "the model was made for 2048 tokens; a longer row stops the run"),
         (["model.dtype=bfloat16"], "model.dtype=bfloat16: weights of 16 bits lose small updates"),
         ([EARLY, *ON_THE_WAY, "trainer.args.metric_for_best_model=eval_loss"], "the model that is kept is the last"),

@@ -179,8 +179,6 @@ def explain(error: Exception, arguments: list[str]) -> str:
         return f"{no_group[1]}: there is no such group{close} Groups: {', '.join(defaults())}"
     if stray := re.search(r"Could not override '(hydra\.launcher\.\w+)'(?s:.*)is not in struct", said):
         return f"{stray[1]}: this launcher takes no such key; --cfg hydra --package hydra.launcher shows those it takes"
-    if "hardware.slurm" in said:
-        return "hardware.slurm: it has keys where Slurm starts the run; choose hardware=slurm, slurm_ddp or slurm_fsdp"
     if inside := re.search(r"Could not override '([\w.]+)\.\w+'|full_key: ([\w.]+)", said):
         return f"{inside[1] or inside[2]} is a value and has no keys of its own"
     if "Could not delete" in first:

@@ -47,6 +47,11 @@ def accelerators() -> int:
     return len([*Path("/dev").glob("nvidia[0-9]*")])
 
 
+def cores() -> int:
+    """How many of the machine's cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def at_once(most: int, _root_: DictConfig) -> int | str:
     """How many rows each process takes forward: a divisor of its share of the global batch, at most so many."""
     batch, processes, nodes = _root_.global_batch_size, _root_.hardware.processes, _root_.hardware.nodes

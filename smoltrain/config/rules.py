@@ -9,7 +9,6 @@ that class where nobody set it. What upstream would refuse once the model is loa
 import ast
 import importlib.util
 import math
-import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -306,15 +305,20 @@ class Run:
         return bool(self.passes) and "auto" not in self.passes
 
     @property
+    def hardware(self) -> Mapping[str, Any]:
+        """The machines; a config from before there could be several has no such node."""
+        return self.cfg.get("hardware") or {}
+
+    @property
     def on_a_node(self) -> int:
         """The processes of the run on each of its nodes."""
-        found = (self.cfg.get("hardware") or {}).get("processes", 1)
+        found = self.hardware.get("processes", 1)
         return found if type(found) is int else 1
 
     @property
     def nodes(self) -> int:
         """The machines of the run."""
-        found = (self.cfg.get("hardware") or {}).get("nodes", 1)
+        found = self.hardware.get("nodes", 1)
         return found if type(found) is int else 1
 
     @property
@@ -331,12 +335,12 @@ class Run:
     @property
     def rendezvous(self) -> Any:
         """Where they meet."""
-        return (self.cfg.get("hardware") or {}).get("rendezvous")
+        return self.hardware.get("rendezvous")
 
     @property
     def slurm(self) -> str:
         """Where the nodes of a job of Slurm meet, which its script says; empty where it is none."""
-        return "node:1" if (self.cfg.get("hardware") or {}).get("slurm") else ""
+        return "node:1" if self.hardware.get("slurm") else ""
 
     @property
     def processes(self) -> int:
@@ -353,9 +357,11 @@ class Run:
         return accelerators()
 
     @property
-    def cores(self) -> int | None:
-        """Those of this machine."""
-        return os.cpu_count()
+    def cores(self) -> int:
+        """Those of this machine that it may use."""
+        from smoltrain.config.resolvers import cores
+
+        return cores()
 
     @property
     def at_once(self) -> int:
@@ -513,6 +519,8 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
      "more than the {run.accelerators} accelerators here; with trainer.args.use_cpu=true they share the processor"),
     ("hardware.rendezvous", lambda run: run.nodes > 1 and not re.fullmatch(r".+:\d+", str(run.rendezvous or run.slurm)),
      "say where the nodes meet, host:port of one of them, as node-1:29500; each runs the same command"),
+    ("hardware.slurm", lambda run: run.slurm and "_target_" not in run.hardware["slurm"],
+     "it has keys where Slurm starts the run; choose hardware=slurm, slurm_ddp or slurm_fsdp"),
     ("pause_at", lambda run: run.cfg.get("pause_at") is not None and run.slurm,
      "a job of Slurm that is not at its end is queued again; leave one of the two out"),
     ("fsdp_config", lambda run: {*run.fsdp_config} - {*SHARING} or run.fsdp_config.get("version", 2) != 2,
@@ -797,7 +805,7 @@ ODD: tuple[tuple[str, Condition, str], ...] = (
      "the model was made for {run.positions} tokens; a longer row stops the run"),
     ("model.dtype", lambda run: run.dtype in ("bfloat16", "float16") and not run.adapter,
      "weights of 16 bits lose small updates; float32 with trainer.args.bf16=true computes as fast and keeps them"),
-    ("hardware.processes", lambda run: run.use_cpu and run.on_a_node > (os.cpu_count() or 1),
+    ("hardware.processes", lambda run: run.use_cpu and run.on_a_node > run.cores,
      "more than the {run.cores} cores here, which they take turns on"),
     ("callbacks.{run.stopper}", lambda run: run.stopper and not run.load_best_model_at_end,
      "the model that is kept is the last, not the best; trainer.args.load_best_model_at_end=true keeps that"),

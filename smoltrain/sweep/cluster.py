@@ -6,7 +6,6 @@ its own directory; how it came out, its record says, on the disk that all machin
 
 import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -23,10 +22,10 @@ from smoltrain import runs
 from smoltrain.config import ConfigError, plain
 from smoltrain.config.signatures import signature
 from smoltrain.config.validate import mistyped
+from smoltrain.slurm import EVERY, lacking, queued
 from smoltrain.sweep.local import PATIENCE, POLL, Job, Local, outcome
 from smoltrain.sweep.progress import Board
 
-EVERY = 3  # seconds between two looks at Slurm's queue, which others ask too
 HELPERS = ".slurm"  # in a sweep's directory: what submitit writes
 JOB = "slurm_job"  # in a trial's: the number of its job
 STORE = 80 << 20  # bytes of Ray's object store, of which nothing here has need; the least that it takes
@@ -97,11 +96,10 @@ class Slurm(Elsewhere):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         super().setup(hydra_context=hydra_context, task_function=task_function, config=config)
-        for command in ("sbatch", "srun", "squeue", "scancel"):
-            if shutil.which(command) is None:
-                raise ConfigError(
-                    f"hydra/launcher=slurm: there is no {command} here; start the sweep where one submits jobs"
-                )
+        if program := lacking():
+            raise ConfigError(
+                f"hydra/launcher=slurm: there is no {program} here; start the sweep where one submits jobs"
+            )
 
     def run(self, jobs: list[Job], board: Board) -> None:
         """Submits those that are not in the queue yet, and waits until none is; a signal cancels them."""
@@ -264,13 +262,6 @@ def redirect(*streams: int) -> None:
 
 
 # ---------------------------------------------------------------- what has become of them
-
-
-def queued() -> dict[str, str] | None:
-    """The jobs of this user that wait or run, by their numbers; None where Slurm does not answer."""
-    command = ["squeue", "--noheader", "--array", f"--user={os.getuid()}", "--format=%i %T"]
-    told = subprocess.run(command, capture_output=True, text=True, check=False)
-    return None if told.returncode else dict(line.split() for line in told.stdout.splitlines())
 
 
 def noted(job: Job) -> str | None:

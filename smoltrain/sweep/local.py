@@ -24,6 +24,7 @@ from smoltrain import runs
 from smoltrain.config.compose import run_job
 from smoltrain.config.groups import naming
 from smoltrain.config.overrides import quoted
+from smoltrain.config.resolvers import cores
 from smoltrain.history import look
 from smoltrain.lines import some
 from smoltrain.ranks import PATIENCE, POLL, ends_with_its_parent
@@ -183,8 +184,8 @@ def room(config: DictConfig) -> int:
     processes = config.hardware.processes
     if not config.trainer.args.use_cpu and devices():
         return max(len(devices()) // processes, 1)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(cores // ((config.threads or int(os.environ.get("OMP_NUM_THREADS") or cores)) * processes), 1)
+    threads = config.threads or int(os.environ.get("OMP_NUM_THREADS") or cores())
+    return max(cores() // (threads * processes), 1)
 
 
 def devices() -> list[str]:
