@@ -17,7 +17,6 @@ from transformers.trainer_callback import ExportableState
 
 from smoltrain import checkpoints
 from smoltrain.endings import DiskFull, no_room
-from smoltrain.fsdp import local
 from smoltrain.runs import STOP, Diverged, Run
 
 
@@ -78,7 +77,8 @@ class Finite(RunCallback):
 
     def look_at_weights(self, step: int) -> None:
         trained = [weight for weight in self.trainer.model.parameters() if weight.requires_grad]
-        if trained and not torch.stack([torch.isfinite(local(weight)).all() for weight in trained]).all():
+        own = map(self.trainer.sharing.local, trained) if self.trainer.sharing else trained
+        if trained and not torch.stack([torch.isfinite(weight).all() for weight in own]).all():
             raise Diverged(f"the weights are no longer finite at step {step}")
 
 
@@ -110,7 +110,7 @@ class Checkpoints(RunCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         STOP.waits = True
-        shared = self.trainer.is_fsdp_enabled or self.trainer.model_wrapped is not self.trainer.model
+        shared = self.trainer.sharing or self.trainer.model_wrapped is not self.trainer.model
         assert shared or not self.together, "gradients are not shared"
         if self.checkpoint is not None:
             state.compute_steps(args, state.max_steps)  # how often to log, measure and save: as it is asked for now

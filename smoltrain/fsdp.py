@@ -102,18 +102,31 @@ def load_optimizer(trainer: Any, folder: str) -> None:
 
 def load_weights(trainer: Any, folder: Path) -> Any:
     """Takes up the weights, or those of an adapter, that are in a folder; returns which were missing or too many."""
-    from peft import PeftModel, get_peft_model_state_dict
+    found, other = compared(trainer.model, weights_in(trainer.model, folder))
+    set_model_state_dict(trainer.model, found, options=StateDictOptions(full_state_dict=True, strict=False))
+    return other
+
+
+def weights_in(model: Any, folder: Path) -> dict[str, Any]:
+    """The weights, or those of an adapter, that are in a folder, by their names there."""
+    from peft import PeftModel
     from safetensors.torch import load_file
 
-    model, adapter = trainer.model, folder / "adapter_model.safetensors"
     weights: dict[str, Any] = {}
+    adapter = folder / "adapter_model.safetensors"
     for file in [adapter] if isinstance(model, PeftModel) else sorted(folder.glob("model*.safetensors")):
         weights |= load_file(file)
+    return weights
+
+
+def compared(model: Any, weights: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Saved weights by their names in a model, and which were missing or too many."""
+    from peft import PeftModel, get_peft_model_state_dict
+
     wanted = {name: name for name in model.state_dict()}  # by the name in the file that in the model
     if isinstance(model, PeftModel):
         wanted = get_peft_model_state_dict(model, wanted, model.active_adapter, save_embedding_layers=False)
     missing = [ours for name, ours in wanted.items() if name not in weights]
     unknown = [name for name in weights if name not in wanted]
     found = {wanted[name]: weight for name, weight in weights.items() if name in wanted}
-    set_model_state_dict(model, found, options=StateDictOptions(full_state_dict=True, strict=False))
-    return _IncompatibleKeys(missing, unknown)
+    return found, _IncompatibleKeys(missing, unknown)

@@ -249,12 +249,14 @@ def needs(cfg: DictConfig, found: Any, rows: int, recomputes: bool, steps: int) 
         reference,
         found.unpadded,
     )
-    return shared_out(whole, world(cfg.hardware)) if args.fsdp else whole
+    zero = cfg.trainer.args.get("deepspeed")
+    every = args.fsdp or (zero and zero["zero_optimization"]["stage"] == 3)
+    parts = ("weights", "gradients", "optimizer") if every else ("gradients", "optimizer")
+    return shared_out(whole, parts, world(cfg.hardware)) if args.fsdp or zero else whole
 
 
-def shared_out(whole: budget.Memory, processes: int) -> budget.Memory:
-    """What each of several processes needs where weights, gradients and optimizer are shared out among them."""
-    parts = ("weights", "gradients", "optimizer")
+def shared_out(whole: budget.Memory, parts: tuple[str, ...], processes: int) -> budget.Memory:
+    """What each of several processes needs where these parts of it are shared out among them."""
     return replace(whole, **{part: math.ceil(getattr(whole, part) / processes) for part in parts})
 
 

@@ -1,5 +1,6 @@
 """What every run begins with, before a weight is loaded: its parts, its rows as tokens, and all that would stop it."""
 
+import copy
 import inspect
 import re
 import warnings
@@ -7,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -27,6 +29,9 @@ from smoltrain.lines import some
 LOOKED_AT = 20  # rows of each split whose training text is compared with their serving text
 LONGER = 1.2  # chosen replies so many times as long as rejected ones teach length
 OFTEN = 0.75  # and so do pairs of which this share has the same side longer
+
+NO_DEEPSPEED = "trainer.args.deepspeed: DeepSpeed is not installed; pip install 'smoltrain[deepspeed]', or choose "
+NO_DEEPSPEED += "hardware=fsdp, which shares out the same"
 
 
 @dataclass
@@ -102,7 +107,7 @@ def preflight(
     with found.part("trainer"):
         found.errors += without_device(cfg.trainer.args.use_cpu, bool(cfg.hardware.slurm))
         if not any(error.startswith("trainer.args.") for error in found.errors):
-            found.trainer = instantiate(cfg.trainer)
+            found.trainer = instantiate(alone(cfg.trainer))
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
             plan_for_all(found.args, ranks.world(cfg.hardware))
@@ -131,7 +136,7 @@ def preflight(
         with found.part("perf"):
             perf.geometry(found.choices, found)
             if found.choices.made:
-                found.trainer = instantiate(cfg.trainer)
+                found.trainer = instantiate(alone(cfg.trainer))
                 plan_for_all(found.args, ranks.world(cfg.hardware))
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
@@ -139,6 +144,19 @@ def preflight(
         with found.part("trainer.args.lr_scheduler_type"):
             schedule(found.args, budget.steps(max(rows, 1), found.args).total)
     return found
+
+
+def alone(trainer: DictConfig) -> DictConfig:
+    """A trainer without DeepSpeed, which looks for all processes of a run as soon as it is named.
+
+    Raises ConfigError where it is not installed.
+    """
+    if trainer.args.get("deepspeed") is not None:
+        if find_spec("deepspeed") is None:
+            raise ConfigError(NO_DEEPSPEED)
+        trainer = copy.deepcopy(trainer)
+        trainer.args.deepspeed = None
+    return trainer
 
 
 def unread_variables(chat: Chat) -> list[str]:

@@ -357,6 +357,7 @@ def find_each_other(args: Mapping[str, Any]) -> None:
     if args["use_cpu"]:
         waits = timedelta(seconds=args.get("ddp_timeout", 1800))
         PartialState(cpu=True, backend=args.get("ddp_backend"), timeout=waits)
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed takes what it finds, whatever is asked for
 
 
 def came_to(directory: Path, rank: int) -> int:

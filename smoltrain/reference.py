@@ -128,7 +128,8 @@ def weights(model: Any) -> str:
 
 
 def base(model: Any) -> Any:
-    """The model that an adapter is put into."""
+    """The model that an adapter is put into, or an engine of DeepSpeed's made of."""
+    model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

@@ -65,6 +65,7 @@ DIVISION = (
     "trainer.args.precompute_ref_log_probs",
     "trainer.args.fsdp",
     "trainer.args.fsdp_config",
+    "trainer.args.deepspeed",
     "trainer.args.ddp_backend",
     "trainer.args.ddp_timeout",
     "trainer.args.ddp_find_unused_parameters",

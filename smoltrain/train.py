@@ -147,6 +147,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     from transformers import trainer as module
 
     from smoltrain.data.streams import BUFFER
+    from smoltrain.preflight import alone
     from smoltrain.trainers import watched
 
     set_seed(cfg.seed)
@@ -156,8 +157,9 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     rows = found.data.train
     if isinstance(rows, IterableDataset):  # a trainer shuffles what it can index; a stream, it cannot
         rows = rows.shuffle(seed=cfg.seed, buffer_size=BUFFER)
+    described = cfg.trainer if ranks.inside() else alone(cfg.trainer)
     with refusing("trainer"):
-        trainer = watched(found.encoder.feed(instantiate(cfg.trainer)))(
+        trainer = watched(found.encoder.feed(instantiate(described)))(
             model=model,
             processing_class=found.chat.tokenizer,
             train_dataset=rows,

@@ -1,5 +1,6 @@
 """What TRL's trainers lack: taking rows that are tokens already, telling how a step went, weighing what is learned."""
 
+import sys
 from collections.abc import Callable
 from functools import cache, partial
 from pathlib import Path
@@ -7,14 +8,17 @@ from typing import Any
 
 import torch
 from accelerate import optimizer as accelerated
+from accelerate.utils import other
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from smoltrain import fsdp
+from smoltrain import fsdp, zero
 from smoltrain.config import ConfigError
 from smoltrain.data.cache import alone
 
 # It looks through all folders of packages for an optimizer that few have, twice in each step.
 accelerated.is_lomo_available = cache(accelerated.is_lomo_available)
+# To know whether a model is one of DeepSpeed's it would import DeepSpeed, which takes 3 seconds, in every run.
+other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 def given_tokens(trainer: partial) -> partial:
@@ -61,15 +65,23 @@ def watched(trainer: partial) -> partial:
         flops_a_token: int | None = None
         before_best: Callable[[Path], None]
 
+        @property
+        def sharing(self) -> Any:
+            """What shares out weights among processes, None where each has them all."""
+            return fsdp if self.is_fsdp_enabled else zero if self.is_deepspeed_enabled else None
+
         def create_accelerator_and_postprocess(self) -> None:
             if self.args.ddp_find_unused_parameters is None:
                 # Only of a mixture of experts a step leaves weights out; upstream looks for them at each step of any.
                 experts = hasattr(self.model.config.get_text_config(), "output_router_logits")
                 self.args.ddp_find_unused_parameters = experts
-            if self.args.fsdp:
-                fsdp.settle(self.args)
+            asked = fsdp if self.args.fsdp else zero if self.args.deepspeed else None
+            if asked:
+                asked.settle(self.args)
             super().create_accelerator_and_postprocess()
-            assert self.is_fsdp_enabled == bool(self.args.fsdp), "weights are not shared out"
+            assert self.sharing is asked, "weights are not shared out"
+            if asked is zero:  # else accelerate says that it does not know of them
+                self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
             if self.ended or self.state.global_step >= self.state.max_steps:
@@ -85,16 +97,21 @@ def watched(trainer: partial) -> partial:
             return super()._wrap_model(model, training=training, **kwargs)
 
         def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_fsdp_enabled:
+            if not self.sharing:
                 return super().evaluation_loop(*args, **kwargs)
-            with fsdp.shared_out(self):
+            with self.sharing.shared_out(self):
                 return super().evaluation_loop(*args, **kwargs)
 
-        def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-            if not self.is_fsdp_enabled:
-                return super()._prepare_for_training(*args, **kwargs)
-            with fsdp.shared_out(self):
-                return super()._prepare_for_training(*args, **kwargs)
+        def _prepare_for_training(self, max_steps: int, rows: Any, checkpoint: str | None) -> Any:
+            if not self.sharing:
+                return super()._prepare_for_training(max_steps, rows, checkpoint)
+            with self.sharing.shared_out(self):
+                prepared = super()._prepare_for_training(max_steps, rows, None)
+            if checkpoint is not None:
+                self._load_from_checkpoint(checkpoint)
+                self._load_optimizer_and_scheduler(checkpoint)
+                self._load_scaler(checkpoint)
+            return prepared
 
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
             if state_dict is not None:  # gathered from where it is shared out: what is tied is in it twice
@@ -103,20 +120,20 @@ def watched(trainer: partial) -> partial:
             super()._save(output_dir, state_dict)
 
         def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-            if self.is_fsdp_enabled:
-                fsdp.save_optimizer(self, output_dir)
+            if self.sharing:
+                self.sharing.save_optimizer(self, output_dir)
             else:
                 super()._save_optimizer_and_scheduler(output_dir)
 
         def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-            if self.is_fsdp_enabled and checkpoint is not None:
-                fsdp.load_optimizer(self, checkpoint)
+            if self.sharing and checkpoint is not None:
+                self.sharing.load_optimizer(self, checkpoint)
             else:
                 super()._load_optimizer_and_scheduler(checkpoint)
 
         def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-            if self.is_fsdp_enabled:
-                self._issue_warnings_after_load(fsdp.load_weights(self, Path(resume_from_checkpoint)))
+            if self.sharing:
+                self._issue_warnings_after_load(self.sharing.load_weights(self, Path(resume_from_checkpoint)))
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -129,8 +146,8 @@ def watched(trainer: partial) -> partial:
 
         def _load_best_model(self) -> None:
             self.before_best(Path(self.state.best_model_checkpoint))
-            if self.is_fsdp_enabled:
-                self._issue_warnings_after_load(fsdp.load_weights(self, Path(self.state.best_model_checkpoint)))
+            if self.sharing:
+                self._issue_warnings_after_load(self.sharing.load_weights(self, Path(self.state.best_model_checkpoint)))
             else:
                 super()._load_best_model()
 

@@ -6,12 +6,12 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
+from lives import COMMAND, Life
 
 from smoltrain import nodes, runs
 from smoltrain.__main__ import main
@@ -31,7 +31,7 @@ def ip(*words: str) -> None:
 
 @pytest.fixture
 def hosts():
-    """Two network namespaces with a link between them, each as a host of its own; how a command starts in one."""
+    """Two network namespaces with a link between them, each as a host of its own; their names."""
     if IP is None or os.getuid():
         pytest.skip("only root can make network namespaces, by iproute2's ip")
     names = [f"smol{os.getpid()}{end}" for end in "ab"]
@@ -49,15 +49,15 @@ def hosts():
             ip("-n", name, "addr", "add", f"{address}/24", "dev", link)
             for device in (link, "lo"):
                 ip("-n", name, "link", "set", device, "up")
-        yield [[str(IP), "netns", "exec", name] for name in names]
+        yield names
     finally:
         for name in made:
             ip("netns", "del", name)
 
 
-def command(*overrides: str) -> list[str]:
-    own = ("hardware.nodes=2", "hardware.processes=1", f"hardware.rendezvous={ADDRESS}:29400")
-    return [sys.executable, "-m", "smoltrain", *FEW, *own, *overrides]
+# Enters the network of a host before the command begins.
+ENTER = "import ctypes, os; assert not ctypes.CDLL(None).setns(os.open('/run/netns/{}', os.O_RDONLY), 0x40000000); "
+OWN = (*FEW, "hardware.nodes=2", "hardware.processes=1", f"hardware.rendezvous={ADDRESS}:29400")
 
 
 def losses(directory: Path) -> list[float]:
@@ -65,44 +65,30 @@ def losses(directory: Path) -> list[float]:
 
 
 @pytest.fixture
-def on_hosts(hosts, folder):
-    """Starts a command on both hosts; what each has said is in `said(number)`."""
-    started: list[subprocess.Popen] = []
+def on_hosts(hosts, forked):
+    """Starts a command on both hosts."""
 
-    def start(*overrides: str) -> list[subprocess.Popen]:
-        for number, host in enumerate(hosts):
-            with (folder / f"log-{number}").open("w") as log:
-                started.append(subprocess.Popen([*host, *command(*overrides)], stdout=log, stderr=log))
-        return started[-2:]
+    def start(*overrides: str) -> list[Life]:
+        return [forked(*OWN, *overrides, code=ENTER.format(host) + COMMAND) for host in hosts]
 
-    yield start
-    for one in started:
-        if one.poll() is None:
-            one.kill()
-            one.wait()
+    return start
 
 
-def said(number: int) -> str:
-    return Path(f"log-{number}").read_text()
+def ended(started: list[Life]) -> list[int]:
+    return [one.wait() for one in started]
 
 
-def until(step: int, *started: subprocess.Popen) -> None:
-    last = time.monotonic() + 120
-    while f"step {step}/" not in said(0):
-        assert time.monotonic() < last and all(one.poll() is None for one in started), said(0) + said(1)
-        time.sleep(0.05)
-
-
-def ended(started: list[subprocess.Popen]) -> list[int]:
-    return [one.wait(120) for one in started]
+def said(*started: Life) -> str:
+    return "".join(one.stdout + one.stderr for one in started)
 
 
 def test_on_two_hosts_a_run_takes_the_fifty_steps_of_one_process(on_hosts, folder, smoltrain):
-    assert ended(on_hosts()) == [0, 0], said(0) + said(1)
+    first, other = on_hosts()
+    assert ended([first, other]) == [0, 0], said(first, other)
     (directory,) = (folder / "multirun").glob("*/*")
     together = read(directory)
-    assert together["status"] == "completed" and "all 2 nodes are here" in said(0)
-    assert "rows to learn from" in (directory / "ranks" / "1.log").read_text() and str(directory) in said(1)
+    assert together["status"] == "completed" and "all 2 nodes are here" in said(first)
+    assert "rows to learn from" in (directory / "ranks" / "1.log").read_text() and str(directory) in said(other)
     (alone,) = smoltrain(*FEW, "hardware.processes=1", "name=alone", quick=())
     assert len(losses(directory)) == 50
     assert losses(directory) == pytest.approx(losses(alone["directory"]), abs=1e-5)
@@ -112,9 +98,9 @@ def test_on_two_hosts_a_run_takes_the_fifty_steps_of_one_process(on_hosts, folde
 
 def test_a_signal_to_one_host_stops_both_saved_and_one_process_goes_on(on_hosts, folder, smoltrain):
     first, other = on_hosts("trainer.args.max_steps=20")
-    until(8, first, other)
-    other.send_signal(signal.SIGTERM)
-    assert ended([first, other]) == [143, 143], said(0) + said(1)
+    first.until("step 8/")
+    other.kill(signal.SIGTERM)
+    assert ended([first, other]) == [143, 143], said(first, other)
     (directory,) = (folder / "multirun").glob("*/*")
     record = read(directory)
     assert record["status"] == "preempted" and "saved at step" in record["error"]
@@ -128,15 +114,17 @@ def test_a_signal_to_one_host_stops_both_saved_and_one_process_goes_on(on_hosts,
 
 def test_a_host_that_is_gone_is_named_on_the_other_and_neither_says_it_succeeded(on_hosts, folder):
     first, other = on_hosts()
-    until(3, first, other)
+    first.until("step 3/")
     other.kill()
-    assert ended([first]) == [1] and "is gone" in said(0) and "node 1 (" in said(0) and "Traceback" not in said(0)
+    assert first.wait() == 1 and "is gone" in said(first) and "node 1 (" in said(first), said(first)
+    assert "Traceback" not in said(first)
     (directory,) = (folder / "multirun").glob("*/*")
     assert read(directory)["status"] == "failed" and "node 1" in read(directory)["error"]
     first, other = on_hosts()
-    until(3, first, other)
+    first.until("step 3/")
     first.kill()
-    assert ended([other]) == [1] and "node 0 (" in said(1) and "is gone; the same command on all nodes" in said(1)
+    assert other.wait() == 1 and "node 0 (" in said(other), said(other)
+    assert "is gone; the same command on all nodes" in said(other)
     assert read(directory)["status"] == "interrupted"
 
 

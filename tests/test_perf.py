@@ -73,12 +73,16 @@ def test_rows_at_once_are_a_divisor_of_the_global_batch_with_enough_tokens(monke
 
 def test_weights_that_are_shared_out_need_a_part_of_their_memory_in_each_process():
     own = ["perf=auto", *FEW, "hardware.processes=2"]
-    together, apart = (
+    stage2 = ("hardware=deepspeed", "hardware.zero.stage=2")
+    together, fsdp, stage3, stage2 = (
         perf.needs(cfg, preflight(cfg), 1, False, 1)
-        for cfg in (resolvable([*own, f"hardware={name}"]) for name in ("ddp", "fsdp"))
+        for cfg in (
+            resolvable([*own, *how]) for how in (("hardware=ddp",), ("hardware=fsdp",), ("hardware=deepspeed",), stage2)
+        )
     )
-    assert apart.optimizer == together.optimizer / 2 and apart.weights == together.weights / 2
-    assert apart.activations == together.activations and apart.total < together.total
+    assert fsdp.optimizer == together.optimizer / 2 and fsdp.weights == together.weights / 2
+    assert fsdp.activations == together.activations and fsdp.total < together.total
+    assert stage3 == fsdp and stage2.optimizer == fsdp.optimizer and stage2.weights == together.weights
 
 
 def test_memory_decides_how_many_rows_and_whether_activations_are_kept(monkeypatch):

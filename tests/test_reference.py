@@ -213,7 +213,8 @@ def test_a_run_that_finds_its_reference_is_bit_equal_to_one_that_computes_it_and
     for one, other in zip(learned(first)[0], learned(third)[0], strict=True):
         ties = {key: (one.pop(key), other.pop(key)) for key in [*one] if key.endswith("rewards/accuracies")}
         assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
-        assert all(abs(mine - its) <= 1 / 8 for mine, its in ties.values())  # of eight rows, one pair's rewards tie
+        for key, (mine, its) in ties.items():  # rewards that differ by rounding tie; of the others, a pair's may
+            assert abs(one[key.replace("accuracies", "margins")]) < 1e-5 or abs(mine - its) <= 1 / 8
 
 
 def test_a_reference_is_computed_ahead_where_whole_epochs_are_trained_and_it_can_be():

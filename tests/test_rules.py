@@ -61,6 +61,7 @@ def found(*overrides: str) -> list[str]:
     return [problem.text for problem in problems(values_of(*overrides), chains)]
 
 
+ZERO = ("hardware=deepspeed", "hardware.processes=2")
 ADAPTER = ("peft=lora",)
 PRECOMPUTED = "trainer.args.precompute_ref_log_probs=true"
 ON_THE_WAY = ("trainer.args.eval_strategy=steps", "trainer.args.eval_steps=4")
@@ -204,6 +205,19 @@ BROKEN = [  # a command line, and what is said of it
         ["trainer=dpo", "hardware=fsdp", "hardware.processes=2", "trainer.args.sync_ref_model=true"],
         "sync_ref_model=true: a reference that moves is not saved where weights are shared out",
     ),
+    (
+        ["trainer=dpo", *ZERO, "trainer.args.sync_ref_model=true"],
+        "sync_ref_model=true: a reference that moves is not saved where weights are shared out",
+    ),
+    (["trainer.args.deepspeed={zero_optimization: {stage: 2}}"], "deepspeed.*: it shares out among processes"),
+    ([*ZERO, "hardware.zero.stage=1"], "not known here: zero_optimization.stage. Choose hardware=deepspeed"),
+    ([*ZERO, "hardware.zero.stage3_lives=1"], "not known here: zero_optimization.stage3_lives"),
+    ([*ZERO, "hardware.zero.offload_optimizer.device=nvme"], "here: zero_optimization.offload_optimizer.device"),
+    ([*ZERO, "trainer.args.deepspeed={zero_optimization: {stage: 2}}"], "train_micro_batch_size_per_gpu, gradient_acc"),
+    ([*ZERO, "trainer.args.deepspeed=ds.json"], "deepspeed=ds.json: not known here: a file. Choose hardware="),
+    ([*ZERO, "trainer.args.fsdp=true"], "deepspeed: trainer.args.fsdp shares out the same"),
+    ([*ZERO, "trainer.args.fp16=true"], "fp16=true: DeepSpeed scales gradients in its own way"),
+    ([*ZERO, "trainer.args.optim=sgd"], "optim=sgd: DeepSpeed gives an optimizer all weights in one row"),
     (["hardware.slurm.dry_run=true"], "hardware.slurm: it has keys where Slurm starts the run; choose hardware=slurm"),
     (["hardware=slurm", "pause_at=5"], "pause_at=5: a job of Slurm that is not at its end is queued again"),
     (["hardware.processes=2"], "global_batch_size=null: 2 processes would see as many times the rows"),
@@ -308,6 +322,7 @@ def test_a_wrong_seed_is_told_once():
 # ---------------------------------------------------------------- without effect
 
 IDLE = [
+    (["hardware.zero={stage: 3}"], "hardware.zero has no effect here; it needs hardware=deepspeed"),
     (["hardware.rendezvous=node-1:29500"], "hardware.rendezvous=node-1:29500 has no effect here; it needs"),
     (["trainer.args.fsdp=true"], "trainer.args.fsdp=true has no effect here; it needs hardware.processes=2"),
     (

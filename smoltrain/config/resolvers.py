@@ -5,6 +5,7 @@ import re
 from datetime import datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -66,6 +67,18 @@ def several(_root_: DictConfig) -> bool:
     return bool(_root_.hardware.processes != 1 or _root_.hardware.nodes != 1)
 
 
+# What DeepSpeed is told besides how to share out: the rest is said by trainer.args, and its optimizer is torch's.
+ZERO: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+ZERO |= {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+ZERO |= {"zero_force_ds_cpu_optimizer": False}  # DeepSpeed's own is compiled at run time
+
+
+def zero(_root_: DictConfig) -> dict | None:
+    """DeepSpeed's config, where several processes share out weights as hardware.zero says."""
+    how = _root_.hardware.get("zero")
+    return {"zero_optimization": plain(how), **ZERO} if how is not None and several(_root_) else None
+
+
 def accumulation(_parent_: DictConfig, _root_: DictConfig) -> int | str:
     """How many passes of all processes an update needs; what does not divide, the rules refuse."""
     rows, batch, processes = _parent_.per_device_train_batch_size, _root_.global_batch_size, _root_.hardware.processes
@@ -100,6 +113,7 @@ def register() -> None:
     OmegaConf.register_new_resolver("accelerators", lambda: max(accelerators(), 1), replace=True)
     OmegaConf.register_new_resolver("at_once", at_once, replace=True)
     OmegaConf.register_new_resolver("several", several, replace=True)
+    OmegaConf.register_new_resolver("zero", zero, replace=True)
     OmegaConf.register_new_resolver("accumulation", accumulation, replace=True)
     OmegaConf.register_new_resolver("reference_ahead", reference_ahead, replace=True)
     OmegaConf.register_new_resolver("accelerator_is", lambda kind: accelerator() == kind, replace=True)

@@ -333,6 +333,23 @@ class Run:
         return ", ".join(SHARING)
 
     @property
+    def unfit_for_zero(self) -> str:
+        """What of trainer.args.deepspeed nothing here is known to go on from, or another key says; empty if nothing."""
+        from smoltrain.config.resolvers import ZERO  # which imports Hydra; Tab reads rules too
+
+        given = self.args.get("deepspeed")
+        if not isinstance(given, dict):
+            return "" if given is None else "a file"
+        zero = given.get("zero_optimization")
+        zero = zero if isinstance(zero, dict) else {}
+        unfit = [key for key in {**ZERO, **given} if given.get(key) != ZERO.get(key) and key != "zero_optimization"]
+        unfit += [f"zero_optimization.{key}" for key in zero if key not in BY_ZERO]
+        offload = zero.get("offload_optimizer") or {"device": "none"}
+        if not isinstance(offload, dict) or offload.get("device") not in ("cpu", "none"):
+            unfit.append("zero_optimization.offload_optimizer.device")
+        return ", ".join(unfit + ["zero_optimization.stage"] * (zero.get("stage") not in (2, 3)))
+
+    @property
     def rendezvous(self) -> Any:
         """Where they meet."""
         return self.hardware.get("rendezvous")
@@ -437,6 +454,12 @@ INF = math.inf
 SHARING: tuple[str, ...] = ("version", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params")
 SHARING += ("reshard_after_forward", "activation_checkpointing")
 
+# Of DeepSpeed, the same.
+BY_ZERO: tuple[str, ...] = ("stage", "offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_scatter")
+BY_ZERO += ("reduce_bucket_size", "allgather_partitions", "allgather_bucket_size", "sub_group_size")
+BY_ZERO += ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters")
+BY_ZERO += ("stage3_max_reuse_distance",)
+
 
 def steps(n: float) -> bool:
     return 0 < n < 1 or (1 <= n < INF and n == int(n))
@@ -525,7 +548,19 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
      "a job of Slurm that is not at its end is queued again; leave one of the two out"),
     ("fsdp_config", lambda run: {*run.fsdp_config} - {*SHARING} or run.fsdp_config.get("version", 2) != 2,
      "of its keys {run.sharing} are known here, with version 2"),
-    ("sync_ref_model", lambda run: run.args.get("sync_ref_model") and run.args.get("fsdp"),
+    ("deepspeed", lambda run: run.unfit_for_zero,
+     "not known here: {run.unfit_for_zero}. Choose hardware=deepspeed, with hardware.zero.stage=2 or 3, "
+     "hardware.zero.offload_optimizer.device=none or cpu, and sizes of buckets; all else is said by trainer.args"),
+    ("deepspeed", lambda run: run.args.get("deepspeed") and run.processes == 1,
+     "it shares out among processes, and there is one: set hardware.processes=2, or choose hardware=gpu"),
+    ("deepspeed", lambda run: run.args.get("deepspeed") and run.args.get("fsdp"),
+     "trainer.args.fsdp shares out the same; leave one of the two out"),
+    ("fp16", lambda run: run.fp16 and run.args.get("deepspeed"),
+     "DeepSpeed scales gradients in its own way, which no checkpoint has; trainer.args.bf16=true, or hardware=fsdp"),
+    ("optim", lambda run: run.args.get("deepspeed") and run.optim not in ("adamw_torch", "adamw_torch_fused"),
+     "DeepSpeed gives an optimizer all weights in one row, which adamw_torch and adamw_torch_fused do not mind"),
+    ("sync_ref_model", lambda run: run.args.get("sync_ref_model") and (
+        run.args.get("fsdp") or run.args.get("deepspeed")),
      "a reference that moves is not saved where weights are shared out; set hardware=ddp"),
     ("global_batch_size", lambda run: run.batch is None and run.processes > 1,
      "{run.processes} processes would see as many times the rows in an update as one does; say how many, as "
@@ -784,6 +819,7 @@ NEEDS: tuple[tuple[str, Condition, str], ...] = (
      lambda run: run.processes > 1, "hardware.processes=2 or more"),
     ("fsdp", lambda run: run.processes > 1, "hardware.processes=2 or more; one process has all weights, hardware=gpu"),
     ("fsdp_config", lambda run: run.args.get("fsdp"), "trainer.args.fsdp=true"),
+    ("hardware.zero", lambda run: run.args.get("deepspeed"), "hardware=deepspeed, and hardware.processes=2 or more"),
     ("hardware.rendezvous", lambda run: run.nodes > 1, "hardware.nodes=2 or more"),
     ("torch_empty_cache_steps", lambda run: not run.use_cpu, "a GPU, and trainer.args.use_cpu is true"),
 )

@@ -21,6 +21,7 @@ class Hardware:
     nodes: int
     rendezvous: str | None
     slurm: dict[str, Any] | None
+    zero: dict[str, Any] | None = None
 
 
 @dataclass
