@@ -221,9 +221,11 @@ def train(arguments: list[str]) -> int:
     """Composes and checks a config, then `smoltrain.train.main` runs it: once, or in a sweep once for each trial."""
     from smoltrain.config.compose import COMPOSING, explain
     from smoltrain.runs import give_back
+    from smoltrain.secrets import discreet_streams
     from smoltrain.sweep import asked_for
 
     listen()
+    discreet_streams(outlive=True)
     exits: list[int] = []
 
     def task(cfg: "DictConfig") -> float:

@@ -29,6 +29,7 @@ from smoltrain.lines import (
     cut,
     duration,
     line,
+    machines,
     measured,
     number,
     padded,
@@ -521,6 +522,8 @@ def about(run: Found, wide: int) -> Iterator[tuple[str, list[str], str]]:
     if parts := record.get("choices"):
         yield "parts", [", ".join(f"{group} {parts[group]}" for group in PARTS if parts.get(group))], ""
     live = [some(record["parameters"], "parameter"), f"on {record['device']}"] if "parameters" in record else []
+    if (among := machines(record.get("config") or {})) != "1 process":
+        live.append(f"in {among}")
     yield "model", [", ".join([str(record.get("model")), *live])], ""
     if parent := record.get("parent"):
         yield "from", [f"{short(Path(parent['directory']))} ({parent['trainer']}, config {parent['config_hash']})"], ""

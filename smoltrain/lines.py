@@ -93,8 +93,15 @@ def measured(name: str, value: float | None) -> str:
 
 
 def some(count: int, thing: str) -> str:
-    """A number of things: `1 row`, `1,200 rows`."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+    """A number of things: `1 row`, `1,200 rows`, `2 processes`."""
+    return f"{count:,} {thing}{'' if count == 1 else 'es' if thing.endswith('s') else 's'}"
+
+
+def machines(config: dict[str, Any]) -> str:
+    """What a run is shared by: `4 processes on 2 nodes`; one from before there could be several has one."""
+    hardware = config.get("hardware", {})
+    nodes, processes = hardware.get("nodes", 1), hardware.get("processes", 1)
+    return some(nodes * processes, "process") + (f" on {some(nodes, 'node')}" if nodes > 1 else "")
 
 
 def size(count: float) -> str:

@@ -369,7 +369,7 @@ def came_to(directory: Path, rank: int) -> int:
 
     listen()
     ends_with_its_parent(signal.SIGKILL)
-    discreet_streams()
+    discreet_streams(outlive=True)
     stack = (directory / runs.RANKS / f"{rank}.stack").open("w")
     faulthandler.register(signal.SIGUSR1, stack, all_threads=False)
     given = json.loads((directory / runs.RANKS / runs.GIVEN).read_text())

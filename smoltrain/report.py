@@ -14,7 +14,7 @@ from rich.table import Table
 from smoltrain import runs
 from smoltrain.checkpoints import MANIFEST, all_of
 from smoltrain.config.groups import naming
-from smoltrain.lines import measured, scalar, short, some
+from smoltrain.lines import machines, measured, scalar, short, some
 
 SAMPLES = 3
 SHOWN = 300  # letters of a text
@@ -191,7 +191,8 @@ def summary(run: runs.Run, console: Console | None = None) -> None:
     console = console or Console(highlight=False)
     stopped = run.record["steps"] < run.record["max_steps"]
     steps = f"stopped early at step {progress(run.record)}" if stopped else f"{run.record['steps']} steps"
-    table = Table(title=f"{run.record['status']} in {run.record['seconds']:.0f} s, {steps}")
+    took = f"{run.record['seconds']:.0f} s{' in all' if run.record['resumed'] else ''}"  # with what came before
+    table = Table(title=f"{run.record['status']} in {took}, {steps}")
     table.add_column("held-out")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")
@@ -257,6 +258,7 @@ def write(directory: Path) -> None:
         f"| model | {record['choices']['model']} ({record['model']}) |",
         f"| data | {record['choices']['data']} ({record['config']['data']['_target_']}) |",
         f"| learning rate | {args['learning_rate']} |",
+        f"| hardware | {record['choices']['hardware']}, {machines(record['config'])} |",
         f"| steps | {progress(record)} |",
         f"| duration | {record['seconds']} s |",
         f"| seed | {record['seed']} |",

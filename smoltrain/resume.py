@@ -17,7 +17,7 @@ from smoltrain.config.groups import naming
 from smoltrain.config.overrides import read
 from smoltrain.config.validate import resolved
 from smoltrain.history import every, opened, resolve
-from smoltrain.lines import short, some
+from smoltrain.lines import machines, short
 
 MENDS = "resume=never starts a new run, resume_changes=accept goes on all the same"
 # What a continued run may change without a word: it is read anew, and what was learned so far does not hang on it.
@@ -225,15 +225,9 @@ class Start:
             print(f"{key}={shown(new)}: the continued run had {shown(old)} (resume_changes=accept)")
         run.rewind(checkpoints.read(self.checkpoint) if self.checkpoint else None, changed)
         where = f"from {self.checkpoint.name}" if self.checkpoint else "from its start, for it has no checkpoint"
-        then, now = (processes(record["config"]) for record in (run.former, run.record))
-        among = "" if then == now else f", in {some(now, 'process')} where it had {then}"
+        then, now = (machines(record["config"]) for record in (run.former, run.record))
+        among = "" if then == now else f", in {now} where it had {then}"
         print(f"continues the {run.former['status']} run {short(run.directory)} {where}{among}")
-
-
-def processes(config: dict[str, Any]) -> int:
-    """How many processes a run has; one from before there could be several has one."""
-    hardware = config.get("hardware", {})
-    return hardware.get("nodes", 1) * hardware.get("processes", 1)  # type: ignore[no-any-return]
 
 
 def best_damaged(checkpoint: Path) -> str:

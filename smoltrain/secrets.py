@@ -8,7 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -99,10 +99,27 @@ class Discreet:
 
     def __init__(self, stream: Any) -> None:
         self.stream = stream
+        self.outlives_its_reader = False
 
     def write(self, text: str) -> int:
-        self.stream.write(redacted(text))
+        with self.read_or_not():
+            self.stream.write(redacted(text))
         return len(text)
+
+    def flush(self) -> None:
+        with self.read_or_not():
+            self.stream.flush()
+
+    @contextmanager
+    def read_or_not(self) -> Iterator[None]:
+        """Within, a reader may have gone, as `head` does: where nobody is to stop for that, nobody is told any more."""
+        try:
+            yield
+        except BrokenPipeError:
+            if not self.outlives_its_reader:
+                raise
+            with open(os.devnull, "w") as nowhere:  # noqa: PTH123
+                os.dup2(nowhere.fileno(), self.stream.fileno())
 
     def writelines(self, lines: Iterable[str]) -> None:
         for line in lines:
@@ -112,11 +129,13 @@ class Discreet:
         return getattr(self.stream, name)
 
 
-def discreet_streams() -> None:
-    """Lets this process print no secret; done again, it does nothing."""
+def discreet_streams(outlive: bool = False) -> None:
+    """Lets this process print no secret, and `outlive` who reads what it prints, as a run that has its record."""
     for name in ("stdout", "stderr"):
         if not isinstance(stream := getattr(sys, name), Discreet):
-            setattr(sys, name, Discreet(stream))
+            stream = Discreet(stream)
+            setattr(sys, name, stream)
+        stream.outlives_its_reader = outlive
 
 
 def environment() -> dict[str, str]:

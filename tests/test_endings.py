@@ -413,3 +413,19 @@ def test_memory_that_runs_out_names_what_helps(monkeypatch):
         raise MemoryError
     with pytest.raises(RuntimeError, match="something else"), explained(Path(), lambda: args):
         raise RuntimeError("something else")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_run_outlives_who_reads_what_it_prints(forked, folder, processes):
+    reader, writer = os.pipe()
+    own = ("hardware=ddp", f"hardware.processes={processes}", "global_batch_size=4")
+    life = forked(*FEW, *own, terminal=writer)
+    os.close(writer)
+    said = b""
+    while b"step 1/" not in said:
+        said += os.read(reader, 100)
+    os.close(reader)  # as head does, when it has seen enough
+    assert life.wait() == 0
+    (directory,) = (folder / "multirun").glob("*/*")
+    assert (read(directory)["status"], read(directory)["steps"]) == ("completed", 6)
+    assert f"| hardware | ddp, {processes} process" in (directory / "report.md").read_text()

@@ -325,10 +325,15 @@ def test_a_run_that_differs_in_what_an_update_sees_alone_is_named(smoltrain, cap
     assert "says global_batch_size=16; with the same here, this would go on with it" in capsys.readouterr().err
 
 
-def test_one_process_goes_on_with_what_several_have_begun_by_that_word(smoltrain):
+def test_one_process_goes_on_with_what_several_have_begun_by_that_word(smoltrain, capsys):
     own = (*FEW, "trainer.args.max_steps=4", "global_batch_size=16")
     (paused,) = smoltrain(*own, "hardware=ddp", "hardware.processes=2", "pause_at=2", quick=(), code=143)
+    assert main(["runs", "show", str(paused["directory"])]) == 0
+    assert re.search(r"on .+, in 2 processes", capsys.readouterr().out)
     assert smoltrain(*own, "hardware=cpu", quick=()) == []
+    said = capsys.readouterr().out
+    assert "from checkpoint-2, in 1 process where it had 2 processes" in said
+    assert re.search(r"completed in \d+ s in all, 4 steps", said)
     assert read(paused["directory"])["status"] == "completed"
 
 
