@@ -113,6 +113,14 @@ def watched(trainer: partial) -> partial:
                 self._load_scaler(checkpoint)
             return prepared
 
+        def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+            if self.sharing is not zero:
+                super().save_model(output_dir, _internal_call)
+            else:  # upstream saves an adapter as it was rounded, and nothing where something is wrong
+                state_dict = zero.state_dict(self)
+                if self.args.should_save:
+                    self._save(output_dir, state_dict=state_dict)
+
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
             if state_dict is not None:  # gathered from where it is shared out: what is tied is in it twice
                 tied = self.model.all_tied_weights_keys

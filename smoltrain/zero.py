@@ -40,7 +40,6 @@ def share_out(trainer: Any) -> None:
         engine, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.deepspeed = trainer.model_wrapped = engine
         trainer.accelerator.free_memory = lambda *given: list(given)
-        trainer.accelerator.get_state_dict = lambda _: state_dict(trainer)
 
 
 @contextmanager

@@ -146,6 +146,15 @@ def test_deepspeed_that_is_not_installed_is_said_with_the_command_that_installs_
     assert "pip install 'smoltrain[deepspeed]', or choose hardware=fsdp" in said and "Traceback" not in said
 
 
+def test_an_adapter_is_saved_as_the_optimizer_has_it_and_not_as_it_is_rounded_to_compute(smoltrain):
+    own = (*FEW, *MACHINES["zero 3 of 2"], "global_batch_size=8", "trainer.args.max_steps=2", "peft=lora")
+    (record,) = smoltrain(*own, "trainer.args.bf16=true", "trainer.args.learning_rate=1e-3", quick=())
+    for folder in ("checkpoint-2", "model"):
+        weights = load_file(record["directory"] / folder / "adapter_model.safetensors")
+        assert all(weight.dtype == torch.float32 for weight in weights.values())
+        assert any((weight != weight.bfloat16().float()).any() for weight in weights.values())
+
+
 def test_a_run_that_does_not_use_deepspeed_does_not_import_it(smoltrain):
     smoltrain("trainer.args.save_strategy=steps", "trainer.args.save_steps=1")
     assert "deepspeed" not in sys.modules
