@@ -71,7 +71,8 @@ class Finite(RunCallback):
 
     def look_at(self, values: dict[str, Any], step: int) -> None:
         for name, value in values.items():
-            left_out = name == "grad_norm" and self.trainer.accelerator.optimizer_step_was_skipped
+            scaled = self.trainer.args.fp16 and self.trainer.accelerator.optimizer_step_was_skipped
+            left_out = name == "grad_norm" and scaled  # DeepSpeed leaves out any step of which it is not finite
             if value is not None and not math.isfinite(value) and not left_out:
                 raise Diverged(f"{name} is {float(value)} at step {step}")
 
@@ -199,7 +200,8 @@ class Checkpoints(RunCallback):
         trained = [weight for weight in weights if weight.requires_grad]
         adapter = len(trained) < len(weights) and hasattr(self.trainer.model, "peft_config")
         written = trained if adapter else weights
-        return sum(w.numel() * w.element_size() for w in written) + sum(8 * w.numel() for w in trained)
+        sizes = {w: getattr(w, "ds_numel", w.numel()) for w in weights}  # of what DeepSpeed shares out, nothing is here
+        return sum(sizes[w] * w.element_size() for w in written) + sum(8 * sizes[w] for w in trained)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.finish()

@@ -16,7 +16,7 @@ def evaluate(trainer, chat, rows: list[dict], max_new_tokens: int) -> tuple[dict
     """
     metrics = {k: v for k, v in trainer.evaluate().items() if not k.endswith(NOT_QUALITY)}
     size = trainer.args.per_device_eval_batch_size
-    together = trainer.sharing is not None  # then each token takes all processes
+    together = trainer.together
     said = of_all(trainer, rows, lambda own: replies(trainer.model, chat, own, max_new_tokens, size, together))
     if rows and "answer" in rows[0]:
         metrics["exact_match"] = sum(reply == row["answer"] for reply, row in zip(said, rows, strict=True)) / len(rows)
@@ -28,7 +28,7 @@ def of_all(trainer, rows: list[dict], answer: Callable[[list[dict]], list[str]])
     """The replies to all rows, of which each process of a run answers a share, where it has all weights."""
     from accelerate.utils import gather_object
 
-    if trainer.sharing or trainer.accelerator.num_processes == 1:
+    if trainer.together or trainer.accelerator.num_processes == 1:
         return answer(rows)
     own = -(-len(rows) // trainer.accelerator.num_processes)
     start = own * trainer.accelerator.process_index

@@ -249,8 +249,10 @@ def needs(cfg: DictConfig, found: Any, rows: int, recomputes: bool, steps: int) 
         reference,
         found.unpadded,
     )
-    zero = cfg.trainer.args.get("deepspeed")
-    every = args.fsdp or (zero and zero["zero_optimization"]["stage"] == 3)
+    zero = (cfg.trainer.args.get("deepspeed") or {}).get("zero_optimization")
+    if zero and (zero.get("offload_optimizer") or {}).get("device") == "cpu" and args.device.type != "cpu":
+        whole = replace(whole, optimizer=0)
+    every = args.fsdp or (zero and zero["stage"] == 3)
     parts = ("weights", "gradients", "optimizer") if every else ("gradients", "optimizer")
     return shared_out(whole, parts, world(cfg.hardware)) if args.fsdp or zero else whole
 

@@ -70,6 +70,18 @@ def watched(trainer: partial) -> partial:
             """What shares out weights among processes, None where each has them all."""
             return fsdp if self.is_fsdp_enabled else zero if self.is_deepspeed_enabled else None
 
+        @property
+        def together(self) -> bool:
+            """Whether no process has all weights, so that each token takes all of them."""
+            return self.sharing is fsdp or (self.sharing is zero and zero.stage(self) == 3)
+
+        def _prepare_input(self, data: Any) -> Any:
+            if self.sharing is zero and isinstance(
+                data, torch.Tensor
+            ):  # upstream rounds: a reference's scores, weights
+                return data.to(self.args.device)
+            return super()._prepare_input(data)
+
         def create_accelerator_and_postprocess(self) -> None:
             if self.args.ddp_find_unused_parameters is None:
                 # Only of a mixture of experts a step leaves weights out; upstream looks for them at each step of any.

@@ -20,9 +20,10 @@ COMPILED = "deepspeed_shm_comm"
 
 def settle(args: Any) -> None:
     """Has DeepSpeed compile nothing where processors share a run, and torch not say at each step what it deprecates."""
-    from deepspeed import ops
+    if args.use_cpu:
+        from deepspeed import ops
 
-    ops.__compatible_ops__[COMPILED] = False
+        ops.__compatible_ops__[COMPILED] = False
     warnings.filterwarnings("ignore", message=r"`torch.distributed.\w+` is deprecated", category=FutureWarning)
 
 
@@ -116,8 +117,6 @@ def save_optimizer(trainer: Any, folder: str) -> None:
 
 def load_optimizer(trainer: Any, folder: str) -> None:
     """Takes up the state that `save_optimizer`, or one process, has written."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     saved = torch.load(Path(folder, OPTIMIZER_NAME), map_location="cpu", weights_only=True, mmap=True)
     sharing, weights = trainer.optimizer.optimizer, dict(trainer.model.named_parameters())
     order = [number for group in saved["param_groups"] for number in group["params"]]
@@ -133,7 +132,7 @@ def load_optimizer(trainer: Any, folder: str) -> None:
     for name, state in kept.items():
         for key, value in state.items():
             if value.dim():
-                safe_set_full_optimizer_state(weights[name], value.to(trainer.args.device), key)
+                put(weights[name], value, key)
     for (group, _), former in zip(settings(trainer), saved["param_groups"], strict=True):
         group |= {key: value for key, value in former.items() if key != "params"}
     schedule = torch.load(Path(folder, SCHEDULER_NAME), weights_only=True)
@@ -171,17 +170,43 @@ def parts(sharing: Any) -> list[torch.Tensor]:
     return list(sharing.single_partition_of_fp32_groups if stage2 else sharing.fp32_partitioned_groups_flat)
 
 
+def put(weight: Any, value: torch.Tensor, key: str | None = None) -> None:
+    """Sets a weight in float32, or what the optimizer has under a key of it.
+
+    DeepSpeed's own way to it fails in stage 3 where a weight is no multiple of the processes: shares are padded.
+    """
+    from deepspeed import utils
+
+    if hasattr(weight, "ds_id"):
+        size = weight.ds_tensor.numel()
+        known = value.flatten()[size * torch.distributed.get_rank() :][:size]
+        of, own = "local", torch.zeros(size, dtype=value.dtype)
+        own[: known.numel()] = known
+    else:
+        of, own = "full", value.to(weight.device)
+    if key:
+        getattr(utils, f"safe_set_{of}_optimizer_state")(weight, own, key)
+    else:
+        getattr(utils, f"safe_set_{of}_fp32_param")(weight, own)
+
+
+def stage(trainer: Any) -> int:
+    """What is shared out: gradients and optimizer (2), or weights too (3)."""
+    return int(trainer.accelerator.state.deepspeed_plugin.zero_stage)
+
+
 def load_weights(trainer: Any, folder: Path) -> Any:
     """Takes up the weights, or those of an adapter, that are in a folder; returns which were missing or too many."""
     from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-    from deepspeed.utils import safe_set_full_fp32_param
 
     found, other = compared(trainer.model, weights_in(trainer.model, folder))
     weights = dict(trainer.model.named_parameters(remove_duplicate=False))
+    if stage(trainer) == 3:
+        trainer.deepspeed.empty_partition_cache()  # what was gathered for a step that does not come
     for name, value in found.items():
         weight, value = weights.get(name), value.to(trainer.args.device)
         with GatheredParameters([weight] if name in weights else [], modifier_rank=0), torch.no_grad():
             (trainer.model.get_buffer(name) if weight is None else weight).copy_(value)
         if weight is not None:
-            safe_set_full_fp32_param(weight, value.float())  # which it is rounded from
+            put(weight, value.float())  # which it is rounded from
     return other

@@ -423,7 +423,8 @@ def test_a_run_outlives_who_reads_what_it_prints(forked, folder, processes):
     os.close(writer)
     said = b""
     while b"step 1/" not in said:
-        said += os.read(reader, 100)
+        said += (more := os.read(reader, 100))
+        assert more, said
     os.close(reader)  # as head does, when it has seen enough
     assert life.wait() == 0
     (directory,) = (folder / "multirun").glob("*/*")

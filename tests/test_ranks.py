@@ -6,6 +6,7 @@ import signal
 import sqlite3
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,6 +23,7 @@ from smoltrain.__main__ import main
 from smoltrain.config import ConfigError
 from smoltrain.model import locate
 from smoltrain.runs import read, read_metrics
+from smoltrain.trainers import watched
 
 FEW = ("data.train_rows=400", "data.test_rows=8", "evaluation.max_rows=0", "tracking=none")
 FIFTY = (*FEW, "trainer.args.max_steps=50", "trainer.args.logging_steps=1", "trainer.args.learning_rate=5e-5")
@@ -71,6 +73,7 @@ ZERO = ("hardware=deepspeed", "hardware.processes=2", "trainer.args.per_device_t
 MACHINES |= {
     "zero 3 of 2": ZERO,
     "zero 2 of 2": (*ZERO, "hardware.zero.stage=2"),
+    "zero 3 of 3": ("hardware=deepspeed", "hardware.processes=3", "trainer.args.per_device_train_batch_size=1"),
     "offloaded": (*ZERO, "hardware.zero.offload_optimizer.device=cpu"),
 }
 
@@ -80,7 +83,8 @@ MACHINES |= {
     [
         ("fsdp of 2", "1", ("trainer=sft",)),
         ("1", "fsdp of 2", ("trainer=dpo", "peft=lora")),
-        ("zero 3 of 2", "1", ("trainer=sft",)),
+        ("zero 3 of 3", "zero 3 of 3", ("trainer=sft", "global_batch_size=6")),  # weights are no multiple of three
+        pytest.param("zero 3 of 2", "1", ("trainer=sft",), marks=pytest.mark.torture),
         ("1", "zero 2 of 2", ("trainer=dpo", "peft=lora")),
         pytest.param("offloaded", "zero 2 of 2", ("trainer=sft",), marks=pytest.mark.torture),
         pytest.param("zero 3 of 2", "fsdp of 2", ("trainer=dpo", "peft=lora"), marks=pytest.mark.torture),
@@ -94,8 +98,8 @@ MACHINES |= {
 def test_a_run_goes_on_with_another_number_of_processes_and_weights_shared_out_or_not(
     smoltrain, folder, first, then, overrides
 ):
-    own = (*FEW, *overrides, "global_batch_size=8", "trainer.args.max_steps=12", "trainer.args.logging_steps=1")
-    own += ("trainer.args.learning_rate=5e-5",)
+    own = (*FEW, "global_batch_size=8", "trainer.args.max_steps=12", "trainer.args.logging_steps=1")
+    own += ("trainer.args.learning_rate=5e-5", *overrides)
     (paused,) = smoltrain(*own, *MACHINES[first], "pause_at=6", quick=(), code=143)
     assert smoltrain(*own, *MACHINES[then], quick=()) == []  # no other run: the same one goes on
     again = read(paused["directory"])
@@ -146,6 +150,19 @@ def test_deepspeed_that_is_not_installed_is_said_with_the_command_that_installs_
     assert "pip install 'smoltrain[deepspeed]', or choose hardware=fsdp" in said and "Traceback" not in said
 
 
+def test_what_a_batch_brings_along_is_not_rounded_as_weights_are():
+    """A reference's log-probabilities, and the weights of tokens."""
+
+    class Upstream:
+        is_fsdp_enabled, is_deepspeed_enabled, args = False, True, SimpleNamespace(device="cpu")
+
+        def _prepare_input(self, data):
+            return data.bfloat16() if torch.is_tensor(data) else {k: self._prepare_input(v) for k, v in data.items()}
+
+    given = {"ref_chosen_logps": torch.tensor([-106.3])}
+    assert torch.equal(watched(partial(Upstream))()._prepare_input(given)["ref_chosen_logps"], torch.tensor([-106.3]))
+
+
 def test_an_adapter_is_saved_as_the_optimizer_has_it_and_not_as_it_is_rounded_to_compute(smoltrain):
     own = (*FEW, *MACHINES["zero 3 of 2"], "global_batch_size=8", "trainer.args.max_steps=2", "peft=lora")
     (record,) = smoltrain(*own, "trainer.args.bf16=true", "trainer.args.learning_rate=1e-3", quick=())
@@ -193,6 +210,10 @@ class Fails(TrainerCallback):
             from smoltrain import report
             report.fingerprint = lambda model: "of other weights"
 
+    def on_train_begin(self, args, state, control, model, **_):
+        if self.how == "overflows":
+            next(model.parameters()).register_hook(lambda gradient: gradient * float("inf"))
+
     def on_step_end(self, args, state, control, **_):
         if os.environ["RANK"] == "1" and state.global_step == 3:
             if self.how == "raises":
@@ -235,6 +256,12 @@ def test_the_rank_that_failed_first_is_named(failing, folder, monkeypatch, how, 
     assert record["status"] == "failed" and re.search(said, record["error"])
     if how == "raises":
         assert "my_parts.py" in (directory / "traceback.txt").read_text()
+
+
+def test_a_run_whose_gradients_are_infinite_has_diverged_though_deepspeed_leaves_its_steps_out(failing, folder):
+    assert main([*failing("overflows"), *MACHINES["zero 2 of 2"]]) == 3
+    (directory,) = (folder / "multirun").glob("*/*")
+    assert read(directory)["status"] == "diverged" and "grad_norm is inf" in read(directory)["error"]
 
 
 def test_weights_that_are_others_in_another_process_are_refused(failing, capsys):

@@ -70,6 +70,7 @@ def several(_root_: DictConfig) -> bool:
 # What DeepSpeed is told besides how to share out: the rest is said by trainer.args, and its optimizer is torch's.
 ZERO: dict[str, Any] = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 ZERO |= {"gradient_clipping": "auto", "bf16": {"enabled": "auto"}}
+ZERO |= {"data_types": {"grad_accum_dtype": "fp32"}, "communication_data_type": "fp32"}  # where it would round
 ZERO |= {"zero_force_ds_cpu_optimizer": False}  # DeepSpeed's own is compiled at run time
 
 

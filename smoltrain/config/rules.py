@@ -343,11 +343,16 @@ class Run:
         zero = given.get("zero_optimization")
         zero = zero if isinstance(zero, dict) else {}
         unfit = [key for key in {**ZERO, **given} if given.get(key) != ZERO.get(key) and key != "zero_optimization"]
-        unfit += [f"zero_optimization.{key}" for key in zero if key not in BY_ZERO]
-        offload = zero.get("offload_optimizer") or {"device": "none"}
-        if not isinstance(offload, dict) or offload.get("device") not in ("cpu", "none"):
-            unfit.append("zero_optimization.offload_optimizer.device")
-        return ", ".join(unfit + ["zero_optimization.stage"] * (zero.get("stage") not in (2, 3)))
+        judged = {key: key in BY_ZERO and BY_ZERO[key](value) for key, value in ({"stage": None} | zero).items()}
+        unfit += [f"zero_optimization.{key}" for key, fits in judged.items() if not fits]
+        return ", ".join(unfit)
+
+    @property
+    def stage3(self) -> bool:
+        """Whether DeepSpeed shares out weights too."""
+        given = self.args.get("deepspeed")
+        zero = given.get("zero_optimization") if isinstance(given, dict) else None
+        return isinstance(zero, dict) and zero.get("stage") == 3
 
     @property
     def rendezvous(self) -> Any:
@@ -454,11 +459,28 @@ INF = math.inf
 SHARING: tuple[str, ...] = ("version", "auto_wrap_policy", "transformer_layer_cls_to_wrap", "min_num_params")
 SHARING += ("reshard_after_forward", "activation_checkpointing")
 
-# Of DeepSpeed, the same.
-BY_ZERO: tuple[str, ...] = ("stage", "offload_optimizer", "overlap_comm", "contiguous_gradients", "reduce_scatter")
-BY_ZERO += ("reduce_bucket_size", "allgather_partitions", "allgather_bucket_size", "sub_group_size")
-BY_ZERO += ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters")
-BY_ZERO += ("stage3_max_reuse_distance",)
+
+
+def a_flag(value: Any) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def a_size(value: Any) -> bool:
+    return value in (None, "auto") or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 1)
+
+
+def somewhere(value: Any) -> bool:
+    """Whether it says where an optimizer's state is, and nothing that asks for DeepSpeed's own one."""
+    known = isinstance(value, dict) and not {*value} - {"device", "pin_memory"}
+    return value is None or (known and value.get("device") in ("none", "cpu") and a_flag(value.get("pin_memory")))
+
+
+# Of DeepSpeed, the same, and what it may be.
+BY_ZERO: dict[str, Callable[[Any], bool]] = {"stage": lambda value: value in (2, 3), "offload_optimizer": somewhere}
+BY_ZERO |= dict.fromkeys(("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions"), a_flag)
+BY_ZERO |= dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), a_size)
+BY_ZERO |= {"stage3_param_persistence_threshold": a_size, "stage3_max_live_parameters": a_size}
+BY_ZERO |= {"stage3_max_reuse_distance": a_size}
 
 
 def steps(n: float) -> bool:
@@ -550,7 +572,7 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
      "of its keys {run.sharing} are known here, with version 2"),
     ("deepspeed", lambda run: run.unfit_for_zero,
      "not known here: {run.unfit_for_zero}. Choose hardware=deepspeed, with hardware.zero.stage=2 or 3, "
-     "hardware.zero.offload_optimizer.device=none or cpu, and sizes of buckets; all else is said by trainer.args"),
+     "hardware.zero.offload_optimizer.device=none or cpu, flags, and sizes of buckets; the rest trainer.args says"),
     ("deepspeed", lambda run: run.args.get("deepspeed") and run.processes == 1,
      "it shares out among processes, and there is one: set hardware.processes=2, or choose hardware=gpu"),
     ("deepspeed", lambda run: run.args.get("deepspeed") and run.args.get("fsdp"),
@@ -559,6 +581,15 @@ WRONG: tuple[tuple[str, Condition, str], ...] = (
      "DeepSpeed scales gradients in its own way, which no checkpoint has; trainer.args.bf16=true, or hardware=fsdp"),
     ("optim", lambda run: run.args.get("deepspeed") and run.optim not in ("adamw_torch", "adamw_torch_fused"),
      "DeepSpeed gives an optimizer all weights in one row, which adamw_torch and adamw_torch_fused do not mind"),
+    ("model.dtype", lambda run: run.args.get("deepspeed") and run.dtype not in (None, "float32"),
+     "DeepSpeed learns in float32 what a checkpoint would have to round; set model.dtype=float32"),
+    ("model.quantization_config", lambda run: run.args.get("deepspeed") and run.quantized,
+     "DeepSpeed shares out quantised weights in a way that nobody has tried here; choose hardware=ddp"),
+    ("torch_compile", lambda run: run.stage3 and run.args.get("torch_compile") is True,
+     "what is compiled and what DeepSpeed gathers do not go together; hardware.zero.stage=2, or hardware=fsdp"),
+    ("precompute_ref_log_probs", lambda run: run.args.get("deepspeed") and run.adapter
+     and run.args.get("precompute_ref_log_probs"),
+     "TRL would share out the model for it before the adapter is known; set it to false"),
     ("sync_ref_model", lambda run: run.args.get("sync_ref_model") and (
         run.args.get("fsdp") or run.args.get("deepspeed")),
      "a reference that moves is not saved where weights are shared out; set hardware=ddp"),
