@@ -324,6 +324,13 @@ def test_a_step_that_the_scaler_of_fp16_leaves_out_is_no_divergence(smoltrain, m
     (record,) = smoltrain(code=3, quick=(*FEW, "resume=never"))
     assert record["error"].endswith("grad_norm is inf at step 1")
     monkeypatch.setattr(Accelerator, "optimizer_step_was_skipped", True)
+    smoltrain(code=3, quick=(*FEW, "resume=never"))  # by somebody else, as DeepSpeed does
+
+    def scaled(trainer, *_, **__):
+        trainer.args.fp16 = True  # which needs a GPU
+        return float("inf")
+
+    monkeypatch.setattr(Trainer, "_get_grad_norm", scaled)
     (record,) = smoltrain("trainer.args.logging_steps=1", quick=(*FEW[:-2], "tracking=none", "resume=never"))
     assert record["status"] == "completed"
     assert {row["grad_norm"] for row in read_metrics(record["directory"]) if "loss" in row} == {float("inf")}
