@@ -17,7 +17,8 @@ def evaluate(trainer, chat, rows: list[dict], max_new_tokens: int) -> tuple[dict
     metrics = {k: v for k, v in trainer.evaluate().items() if not k.endswith(NOT_QUALITY)}
     size = trainer.args.per_device_eval_batch_size
     together = trainer.together
-    said = of_all(trainer, rows, lambda own: replies(trainer.model, chat, own, max_new_tokens, size, together))
+    with trainer.answering():
+        said = of_all(trainer, rows, lambda own: replies(trainer.model, chat, own, max_new_tokens, size, together))
     if rows and "answer" in rows[0]:
         metrics["exact_match"] = sum(reply == row["answer"] for reply, row in zip(said, rows, strict=True)) / len(rows)
         trainer.log({"eval_exact_match": metrics["exact_match"]})
@@ -57,8 +58,7 @@ def replies(model, chat, rows: list[dict], max_new_tokens: int, batch_size: int,
             padding=True,
             padding_side="left",
         ).to(model.device)
-        # What DeepSpeed gathers in inference mode, training could not use afterwards.
-        with torch.no_grad() if together else torch.inference_mode():
+        with torch.inference_mode():
             ids = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens, synced_gpus=together)
         said += tokenizer.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     tokenizer.backend_tokenizer.no_padding()  # it keeps what it was last told, and is written beside the weights

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,12 @@ def watched(trainer: partial) -> partial:
 
         @property
         def together(self) -> bool:
-            """Whether no process has all weights, so that each token takes all of them."""
-            return self.sharing is fsdp or (self.sharing is zero and zero.stage(self) == 3)
+            """Whether no process has all weights when it answers, so that each token takes all of them."""
+            return self.sharing is fsdp
+
+        def answering(self) -> AbstractContextManager[None]:
+            """Within, rows are answered."""
+            return zero.whole(self) if self.sharing is zero else nullcontext()
 
         def _prepare_input(self, data: Any) -> Any:
             if self.sharing is zero and isinstance(

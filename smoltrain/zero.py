@@ -82,6 +82,24 @@ def gathered(weight: torch.Tensor) -> torch.Tensor:
         return weight.detach().clone()
 
 
+@contextmanager
+def whole(trainer: Any) -> Iterator[None]:
+    """Within, every process has all weights, which generation would have gathered anew for each token."""
+    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+    from trl.models.utils import add_hooks, remove_hooks
+
+    if stage(trainer) == 2:
+        yield
+        return
+    trainer.deepspeed.empty_partition_cache()  # what was gathered for a batch that does not come
+    with GatheredParameters([*trainer.model.parameters()]):
+        remove_hooks(trainer.deepspeed)
+        try:
+            yield
+        finally:
+            add_hooks(trainer.deepspeed)
+
+
 def local(weight: Any) -> torch.Tensor:
     """What this process has of a weight."""
     return getattr(weight, "ds_tensor", weight)
