@@ -250,7 +250,7 @@ def needs(cfg: DictConfig, found: Any, rows: int, recomputes: bool, steps: int) 
         found.unpadded,
     )
     zero = (cfg.trainer.args.get("deepspeed") or {}).get("zero_optimization")
-    if zero and (zero.get("offload_optimizer") or {}).get("device") == "cpu" and args.device.type != "cpu":
+    if zero and zero.get("offload_optimizer", {}).get("device") == "cpu" and args.device.type != "cpu":
         whole = replace(whole, optimizer=0)
     every = args.fsdp or (zero and zero["stage"] == 3)
     parts = ("weights", "gradients", "optimizer") if every else ("gradients", "optimizer")

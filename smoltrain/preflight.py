@@ -30,9 +30,6 @@ LOOKED_AT = 20  # rows of each split whose training text is compared with their 
 LONGER = 1.2  # chosen replies so many times as long as rejected ones teach length
 OFTEN = 0.75  # and so do pairs of which this share has the same side longer
 
-NO_DEEPSPEED = "trainer.args.deepspeed: DeepSpeed is not installed; pip install 'smoltrain[deepspeed]', or choose "
-NO_DEEPSPEED += "hardware=fsdp, which shares out the same"
-
 
 @dataclass
 class Preflight:
@@ -107,7 +104,7 @@ def preflight(
     with found.part("trainer"):
         found.errors += without_device(cfg.trainer.args.use_cpu, bool(cfg.hardware.slurm))
         if not any(error.startswith("trainer.args.") for error in found.errors):
-            found.trainer = instantiate(alone(cfg.trainer))
+            found.trainer = instantiate(single(cfg.trainer))
             if found.encoder is not None:
                 found.encoder.feed(found.trainer)
             plan_for_all(found.args, ranks.world(cfg.hardware))
@@ -136,7 +133,7 @@ def preflight(
         with found.part("perf"):
             perf.geometry(found.choices, found)
             if found.choices.made:
-                found.trainer = instantiate(alone(cfg.trainer))
+                found.trainer = instantiate(single(cfg.trainer))
                 plan_for_all(found.args, ranks.world(cfg.hardware))
     if found.data is not None and found.trainer is not None:
         rows = found.data.lengths.size
@@ -146,14 +143,17 @@ def preflight(
     return found
 
 
-def alone(trainer: DictConfig) -> DictConfig:
-    """A trainer without DeepSpeed, which looks for all processes of a run as soon as it is named.
+def single(trainer: DictConfig) -> DictConfig:
+    """A trainer that one process can build: without DeepSpeed, which looks for all of a run as soon as it is named.
 
     Raises ConfigError where it is not installed.
     """
     if trainer.args.get("deepspeed") is not None:
         if find_spec("deepspeed") is None:
-            raise ConfigError(NO_DEEPSPEED)
+            raise ConfigError(
+                "trainer.args.deepspeed: DeepSpeed is not installed; pip install 'smoltrain[deepspeed]', or choose "
+                "hardware=fsdp, which shares out the same"
+            )
         trainer = copy.deepcopy(trainer)
         trainer.args.deepspeed = None
     return trainer

@@ -147,7 +147,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     from transformers import trainer as module
 
     from smoltrain.data.streams import BUFFER
-    from smoltrain.preflight import alone
+    from smoltrain.preflight import single
     from smoltrain.trainers import watched
 
     set_seed(cfg.seed)
@@ -157,7 +157,7 @@ def build(cfg: DictConfig, found: Any, callbacks: list[Any]) -> Any:
     rows = found.data.train
     if isinstance(rows, IterableDataset):  # a trainer shuffles what it can index; a stream, it cannot
         rows = rows.shuffle(seed=cfg.seed, buffer_size=BUFFER)
-    described = cfg.trainer if ranks.inside() else alone(cfg.trainer)
+    described = cfg.trainer if ranks.inside() else single(cfg.trainer)
     with refusing("trainer"):
         trainer = watched(found.encoder.feed(instantiate(described)))(
             model=model,

@@ -65,11 +65,7 @@ def watched(trainer: partial) -> partial:
         ended = False
         flops_a_token: int | None = None
         before_best: Callable[[Path], None]
-
-        @property
-        def sharing(self) -> Any:
-            """What shares out weights among processes, None where each has them all."""
-            return fsdp if self.is_fsdp_enabled else zero if self.is_deepspeed_enabled else None
+        sharing: Any = None  # what shares out weights among processes; None: each has them all
 
         @property
         def together(self) -> bool:
@@ -77,13 +73,12 @@ def watched(trainer: partial) -> partial:
             return self.sharing is fsdp
 
         def answering(self) -> AbstractContextManager[None]:
-            """Within, rows are answered."""
+            """Makes ready for answering rows, within."""
             return zero.whole(self) if self.sharing is zero else nullcontext()
 
         def _prepare_input(self, data: Any) -> Any:
-            if self.sharing is zero and isinstance(
-                data, torch.Tensor
-            ):  # upstream rounds: a reference's scores, weights
+            # For DeepSpeed upstream rounds a reference's scores and the weights of tokens as it does weights.
+            if self.sharing is zero and isinstance(data, torch.Tensor):
                 return data.to(self.args.device)
             return super()._prepare_input(data)
 
@@ -92,12 +87,13 @@ def watched(trainer: partial) -> partial:
                 # Only of a mixture of experts a step leaves weights out; upstream looks for them at each step of any.
                 experts = hasattr(self.model.config.get_text_config(), "output_router_logits")
                 self.args.ddp_find_unused_parameters = experts
-            asked = fsdp if self.args.fsdp else zero if self.args.deepspeed else None
-            if asked:
-                asked.settle(self.args)
+            self.sharing = fsdp if self.args.fsdp else zero if self.args.deepspeed else None
+            if self.sharing:
+                self.sharing.settle(self.args)
             super().create_accelerator_and_postprocess()
-            assert self.sharing is asked, "weights are not shared out"
-            if asked is zero:  # else accelerate says that it does not know of them
+            found = fsdp if self.is_fsdp_enabled else zero if self.is_deepspeed_enabled else None
+            assert found is self.sharing, "weights are not shared out"
+            if self.sharing is zero:  # else accelerate says that it does not know of them
                 self.accelerator.gradient_accumulation_steps = self.args.gradient_accumulation_steps
 
         def _run_epoch(self, *args: Any, **kwargs: Any) -> None:

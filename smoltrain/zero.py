@@ -37,7 +37,6 @@ def share_out(trainer: Any) -> None:
         names = {weight: name for name, weight in trainer.model.named_parameters()}
         groups = trainer.optimizer.param_groups
         trainer.in_order = [group | {"params": [names[weight] for weight in group["params"]]} for group in groups]
-        trainer.kinds = {name: weight.dtype for weight, name in names.items()}
         engine, trainer.optimizer = trainer.accelerator.prepare(trainer.model, trainer.optimizer)
         trainer.deepspeed = trainer.model_wrapped = engine
         trainer.accelerator.free_memory = lambda *given: list(given)
@@ -57,29 +56,20 @@ def shared_out(trainer: Any) -> Iterator[None]:
 
 
 def state_dict(trainer: Any) -> dict[str, Any]:
-    """All weights, or those of an adapter, in the first process; in the others, none."""
+    """All weights, or those of an adapter, as the optimizer has them, in the first process; in the others, none."""
     from deepspeed.utils import safe_get_full_fp32_param
     from peft import PeftModel
 
     found = {}
     for name, weight in trainer.model.named_parameters():
-        if not weight.requires_grad and isinstance(trainer.model, PeftModel):
-            continue
-        full = safe_get_full_fp32_param(weight) if weight.requires_grad else gathered(weight)
-        if trainer.args.should_save:
-            found[name] = full.to("cpu", trainer.kinds[name])
+        if weight.requires_grad or not isinstance(trainer.model, PeftModel):
+            full = safe_get_full_fp32_param(weight)
+            if trainer.args.should_save:
+                found[name] = full.cpu()
     if trainer.args.should_save:
         kept = trainer.model.state_dict()
         found |= {name: kept[name].cpu() for name, _ in trainer.model.named_buffers() if name in kept}
     return found
-
-
-def gathered(weight: torch.Tensor) -> torch.Tensor:
-    """A weight that is not trained, of which DeepSpeed keeps no other copy."""
-    from deepspeed.runtime.zero.partition_parameters import GatheredParameters
-
-    with GatheredParameters([weight]):
-        return weight.detach().clone()
 
 
 @contextmanager

@@ -85,6 +85,14 @@ def test_weights_that_are_shared_out_need_a_part_of_their_memory_in_each_process
     assert stage3 == fsdp and stage2.optimizer == fsdp.optimizer and stage2.weights == together.weights
 
 
+def test_an_optimizer_that_is_offloaded_takes_no_memory_of_a_gpu(monkeypatch):
+    cfg = resolvable([*FEW, "hardware=deepspeed", "hardware.processes=2", "hardware.zero.offload_optimizer.device=cpu"])
+    found = preflight(cfg)
+    assert perf.needs(cfg, found, 1, False, 1).optimizer > 0  # here it is the same memory
+    monkeypatch.setattr(type(found.args), "device", torch.device("cuda"))
+    assert perf.needs(cfg, found, 1, False, 1).optimizer == 0
+
+
 def test_memory_decides_how_many_rows_and_whether_activations_are_kept(monkeypatch):
     needs, known = perf.needs, {}
 

@@ -218,6 +218,8 @@ BROKEN = [  # a command line, and what is said of it
     ([*ZERO, "trainer.args.fsdp=true"], "deepspeed: trainer.args.fsdp shares out the same"),
     ([*ZERO, "trainer.args.fp16=true"], "fp16=true: DeepSpeed scales gradients in its own way"),
     ([*ZERO, "hardware.zero.reduce_bucket_size=abc"], "not known here: zero_optimization.reduce_bucket_size"),
+    ([*ZERO, "hardware.zero.sub_group_size=auto"], "not known here: zero_optimization.sub_group_size"),
+    ([*ZERO, "hardware.zero.offload_optimizer=null"], "not known here: zero_optimization.offload_optimizer"),
     ([*ZERO, "hardware.zero.overlap_comm=2"], "not known here: zero_optimization.overlap_comm"),
     ([*ZERO, "hardware.zero.offload_optimizer={device: cpu, ratio: 0.5}"], "here: zero_optimization.offload_optimizer"),
     ([*ZERO, "model.dtype=bfloat16"], "model.dtype=bfloat16: DeepSpeed learns in float32"),

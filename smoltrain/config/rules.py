@@ -462,25 +462,30 @@ SHARING += ("reshard_after_forward", "activation_checkpointing")
 
 
 def a_flag(value: Any) -> bool:
-    return value is None or isinstance(value, bool)
+    return isinstance(value, bool)
 
 
 def a_size(value: Any) -> bool:
-    return value in (None, "auto") or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 1)
+    return isinstance(value, int | float) and not isinstance(value, bool) and value >= 1
+
+
+def a_size_or_auto(value: Any) -> bool:
+    """What accelerate takes from the width of the model where it is `auto`."""
+    return value == "auto" or a_size(value)
 
 
 def somewhere(value: Any) -> bool:
     """Whether it says where an optimizer's state is, and nothing that asks for DeepSpeed's own one."""
     known = isinstance(value, dict) and not {*value} - {"device", "pin_memory"}
-    return value is None or (known and value.get("device") in ("none", "cpu") and a_flag(value.get("pin_memory")))
+    return known and value.get("device") in ("none", "cpu") and a_flag(value.get("pin_memory", False))
 
 
 # Of DeepSpeed, the same, and what it may be.
 BY_ZERO: dict[str, Callable[[Any], bool]] = {"stage": lambda value: value in (2, 3), "offload_optimizer": somewhere}
 BY_ZERO |= dict.fromkeys(("overlap_comm", "contiguous_gradients", "reduce_scatter", "allgather_partitions"), a_flag)
-BY_ZERO |= dict.fromkeys(("reduce_bucket_size", "stage3_prefetch_bucket_size", "sub_group_size"), a_size)
-BY_ZERO |= {"stage3_param_persistence_threshold": a_size, "stage3_max_live_parameters": a_size}
-BY_ZERO |= {"stage3_max_reuse_distance": a_size}
+BY_ZERO |= dict.fromkeys(("sub_group_size", "stage3_max_live_parameters", "stage3_max_reuse_distance"), a_size)
+BY_ZERO |= {"reduce_bucket_size": a_size_or_auto, "stage3_prefetch_bucket_size": a_size_or_auto}
+BY_ZERO |= {"stage3_param_persistence_threshold": a_size_or_auto}
 
 
 def steps(n: float) -> bool:
