@@ -41,9 +41,14 @@ def trained(smoltrain, processes: int, *overrides: str) -> tuple[dict, list[floa
     return record, losses(record["directory"])
 
 
-@pytest.mark.parametrize("trainer", ["sft", "dpo"])
-def test_one_process_and_two_take_the_same_fifty_steps(smoltrain, trainer):
-    (one, alone), (two, together) = (trained(smoltrain, n, f"trainer={trainer}", *FIFTY) for n in (1, 2))
+PACKED = ("trainer=sft", "trainer.args.packing=true", "trainer.args.max_length=128")
+
+
+@pytest.mark.parametrize(
+    "overrides", [("trainer=sft",), ("trainer=dpo",), pytest.param(PACKED, marks=pytest.mark.torture)]
+)
+def test_one_process_and_two_take_the_same_fifty_steps(smoltrain, overrides):
+    (one, alone), (two, together) = (trained(smoltrain, n, *overrides, *FIFTY) for n in (1, 2))
     assert len(alone) == 50 and together == pytest.approx(alone, abs=1e-5)
     assert sum(alone[-10:]) / 10 < alone[0]
     assert two["metrics"]["eval_loss"] == pytest.approx(one["metrics"]["eval_loss"], abs=1e-5)
